@@ -1,0 +1,1 @@
+"""One institution: data, local training, and what leaves it."""

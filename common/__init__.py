@@ -1,0 +1,1 @@
+"""Neither side: adapters, models, text, metrics, aggregation methods, wire."""

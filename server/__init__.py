@@ -1,0 +1,1 @@
+"""The coordinator: rounds, evaluation, checkpoints, report."""

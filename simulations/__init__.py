@@ -1,0 +1,1 @@
+"""Whole federations on one machine: generated institutions, comparisons, benchmarks."""
