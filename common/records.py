@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from common.errors import DataError
+from common.files import write_text
 
 
 @dataclass(frozen=True)
@@ -19,3 +25,46 @@ class Record:
     completion: str
     person: str
     kind: str = "text"
+
+
+_FIELDS = tuple(field.name for field in fields(Record))
+
+
+def read_jsonl(path: Path) -> tuple[Record, ...]:
+    """Reads one JSON object a line; blank lines are passed over.
+
+    Raises DataError, naming file and line, for a missing or empty file, a line that is not a JSON object, a record
+    without a completion or a person, or a field that is not text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected a jsonl file, found none; `silotune-sim data` writes one per set") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected UTF-8 text that can be read: {error}") from error
+    records = tuple(_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
+    if not records:
+        raise DataError(f"{path}: expected at least one record, found none")
+    return records
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: expected a JSON object, found a line that is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(found).__name__}")
+    values = {"prompt": "", "kind": "text", **{name: found[name] for name in _FIELDS if name in found}}
+    for name in ("completion", "person"):
+        if not isinstance(values.get(name), str) or not str(values[name]).strip():
+            raise DataError(f"{where}: expected text in `{name}`, found {values.get(name)!r:.40}")
+    for name in ("prompt", "kind"):
+        if not isinstance(values[name], str):
+            raise DataError(f"{where}: expected text in `{name}`, found {type(values[name]).__name__}")
+    return Record(**values)
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """Writes one JSON object a line, atomically. The inverse of `read_jsonl`."""
+    write_text(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))

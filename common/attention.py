@@ -1,0 +1,53 @@
+"""Exact per-document attention over packed rows.
+
+Several documents stand one after the other in one row without padding; each attends to itself only. transformers finds
+packed rows by itself only when there is neither a mask nor a cache, and otherwise lets documents see each other in
+silence, so the lengths are passed explicitly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "silotune_documents"
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, s, head_dim]
+    key: torch.Tensor,  # [1, key heads, s, head_dim]
+    value: torch.Tensor,  # [1, key heads, s, head_dim]
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document of a packed row; without `document_lengths`, transformers' own SDPA.
+
+    document_lengths: tokens of each document, in order; they sum to s. Returns [1, s, heads, head_dim].
+    """
+    if document_lengths is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    grouped = query.shape[1] != key.shape[1]
+    lengths = list(document_lengths)
+    outputs = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(
+            query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, document_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

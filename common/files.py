@@ -1,0 +1,101 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system says of `path` into a StorageError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. Free space or choose a writable directory, then resume; "
+            "everything up to the last complete round is kept."
+        ) from error
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a file beside `path`, syncs it and renames it onto `path`.
+
+    Raises StorageError when the disk is full or read-only; `path` is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(partial)
+            with partial.open("rb") as handle:
+                os.fsync(handle.fileno())
+            partial.replace(path)
+            _sync_directory(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, atomically."""
+    write_atomically(path, lambda partial: _write_bytes(partial, text.encode()))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` atomically."""
+    write_atomically(path, lambda partial: _write_bytes(partial, data))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: JSON has no word for them."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a directory beside `path`, syncs its files and renames it onto `path`, replacing it whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            write(partial)
+            for file in partial.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            _sync_directory(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+            _sync_directory(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends one line and syncs it to disk."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())

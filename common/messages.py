@@ -1,0 +1,173 @@
+"""What coordinator and institutions say to each other, as frozen dataclasses.
+
+The Flower adapters at the rim turn these into Flower messages and back; nothing else knows Flower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from common.adapter import Adapter
+from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
+from common.errors import ConfigError
+from common.fixed_point import Layout, Ring
+from common.models import Fingerprint
+
+PROTOCOL = 1
+
+# Reason codes: all that a coordinator ever learns of why an institution did not answer.
+PROTOCOL_DIFFERS = "protocol_differs"
+BASE_MODEL_DIFFERS = "base_model_differs"
+ADAPTER_DIGEST_DIFFERS = "adapter_digest_differs"
+ADAPTER_DOES_NOT_FIT = "adapter_does_not_fit"
+METHOD_UNKNOWN = "method_unknown"
+DATA_UNREADABLE = "data_unreadable"
+NOT_INVITED = "not_invited"
+MALFORMED = "malformed"
+INTERNAL_ERROR = "internal_error"
+TIMED_OUT = "timed_out"  # said by the coordinator of an institution that did not answer
+
+REASONS = frozenset(
+    {
+        PROTOCOL_DIFFERS,
+        BASE_MODEL_DIFFERS,
+        ADAPTER_DIGEST_DIFFERS,
+        ADAPTER_DOES_NOT_FIT,
+        METHOD_UNKNOWN,
+        DATA_UNREADABLE,
+        NOT_INVITED,
+        MALFORMED,
+        INTERNAL_ERROR,
+        TIMED_OUT,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The coordinator's first message of a run: which protocol it speaks, and which base model it means."""
+
+    protocol: int
+    model: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """An institution's answer to Hello: its roster name, its versions and the base model it holds."""
+
+    name: str
+    protocol: int
+    version: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an institution needs to know of the coordinator's configuration, the same in every round of a run."""
+
+    model: str
+    seed: int
+    rounds: int
+    method: str
+    weighting: str
+    weight_unit: int
+    evaluate: bool
+    lora: LoraConfig
+    train: TrainConfig
+    quantise: QuantiseConfig
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        return cls(
+            model=config.model.path,
+            seed=config.seed,
+            rounds=config.federation.rounds,
+            method=config.federation.method,
+            weighting=config.federation.weighting,
+            weight_unit=config.federation.weight_unit,
+            evaluate=config.evaluation.institutions,
+            lora=config.lora,
+            train=config.train,
+            quantise=config.quantise,
+        )
+
+    def to_json(self) -> str:
+        """Canonical: equal settings give equal text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Raises ConfigError when the text is not what `to_json` writes."""
+        try:
+            fields = json.loads(text)
+            return cls(
+                **{
+                    **fields,
+                    "lora": LoraConfig(**fields["lora"]),
+                    "train": TrainConfig(**fields["train"]),
+                    "quantise": QuantiseConfig(**fields["quantise"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"settings of a plan cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round as the coordinator announces it to every institution of its cohort.
+
+    adapter_digest: of the global adapter that travels with the plan. parameters: length of the update.
+    """
+
+    run: str
+    round: int
+    cohort: tuple[str, ...]
+    parameters: int
+    adapter_digest: str
+    fingerprint: Fingerprint
+    settings: Settings
+
+    @property
+    def layout(self) -> Layout:
+        """The form of the vectors of this round. Raises ConfigError when their sum would not fit."""
+        quantise = self.settings.quantise
+        return Layout(self.parameters, len(self.cohort), quantise.clip, quantise.bits, quantise.weight_bits)
+
+    def digest(self) -> str:
+        """SHA-256 over every field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Plan and global adapter, coordinator to institution."""
+
+    plan: Plan
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An institution's vector for one round. Without secure aggregation whoever holds it can read the update."""
+
+    plan_digest: str
+    vector: Ring
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An institution's polite no.
+
+    reason: one of REASONS. name: who refuses, where that is not known yet. parts: of a base model, those that differ.
+    """
+
+    reason: str
+    name: str = ""
+    parts: tuple[str, ...] = ()
+
+
+Request = Hello | TrainRequest
+Reply = Introduction | Contribution | Refused

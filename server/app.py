@@ -1,0 +1,22 @@
+"""The ServerApp: the rim between Flower and the coordinator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.flower import FlowerMembers
+
+
+def build_server_app(coordinate: Callable[[FlowerMembers], None], stop: threading.Event) -> ServerApp:
+    """A ServerApp that hands the members behind its grid to `coordinate`. Setting `stop` ends it between messages."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        coordinate(FlowerMembers(grid, stop))
+
+    return app

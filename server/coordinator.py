@@ -1,0 +1,151 @@
+"""A run as the coordinator sees it: who takes part, the rounds, and what is kept on disk.
+
+The run directory holds config.yaml, metrics.jsonl (one object a round), checkpoints/ and, at the end, adapter/.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from common import config as configuration
+from common.adapter import Adapter
+from common.config import Config
+from common.errors import RunStopped
+from common.evaluation import Scores, evaluate
+from common.files import append_line, write_text
+from common.messages import PROTOCOL, Hello, Introduction, Refused
+from common.models import LoraModel, fingerprint, load, save_adapter
+from common.records import read_jsonl
+from common.text import Example, tokenise
+from server import checkpoints
+from server.rounds import Members, Progress, begin, finished, record_as_json, run_rounds
+
+log = logging.getLogger("silotune.server")
+
+
+class Roster(Members, Protocol):
+    """Members that can also be asked who they are."""
+
+    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        """Says hello to everybody and returns the answers by name."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Whom to tell while a run goes on. on_reply(round, answered, invited); on_round after each round."""
+
+    on_reply: Callable[[int, int, int], None] = lambda *_: None
+    on_round: Callable[[Progress], None] = lambda _: None
+    on_refusal: Callable[[str, Refused], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run. refused: institutions that did not take part, with reason code and the parts that differ."""
+
+    progress: Progress
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The coordinator's own model and its records, loaded once."""
+
+    model: LoraModel
+    exact: tuple[str, ...]
+    max_tokens: int
+
+    @classmethod
+    def of(cls, config: Config) -> Bench:
+        """Raises ModelError when the base model cannot be loaded."""
+        model = load(config.model.path, config.lora, config.seed)
+        return cls(model, tuple(config.evaluation.exact), config.train.max_tokens)
+
+    def read(self, file: Path) -> tuple[Example, ...]:
+        """Tokenised records of a jsonl file. Raises DataError when it cannot be read."""
+        return tuple(tokenise(record, self.model.tokenizer, self.max_tokens) for record in read_jsonl(file))
+
+    def scores(self, adapter: Adapter, examples: tuple[Example, ...]) -> Scores:
+        """Perplexity and exact answers of the base model with `adapter`."""
+        self.model.write(adapter)
+        return evaluate(self.model, examples, self.exact)
+
+
+def run_name(config: Config) -> str:
+    """The run's name: the same for the same configuration, so that a resumed run keeps its own."""
+    return f"{config.name}-{configuration.digest(config)[:12]}"
+
+
+def coordinate(
+    config: Config, directory: Path, validation: Path, members: Roster, observer: Observer, bench: Bench | None = None
+) -> Outcome:
+    """Runs a federation, or goes on with the one in `directory`, and publishes the best round's adapter there.
+
+    Raises RunStopped when too few institutions take part or contribute; what was reached until then is published all
+    the same. A kill at any moment costs at most the round under way.
+    """
+    bench = bench or Bench.of(config)
+    examples = bench.read(validation)
+    digest = configuration.digest(config)
+    write_text(directory / "config.yaml", configuration.to_yaml(config))
+    progress = checkpoints.latest(directory / "checkpoints", digest)
+    if progress is None:
+        start = bench.model.read()
+        progress = begin(start, bench.scores(start, examples))
+    _rewrite_metrics(directory / "metrics.jsonl", progress)
+
+    def keep(after: Progress) -> None:
+        nonlocal progress
+        progress = after
+        checkpoints.save(directory / "checkpoints", after, digest)
+        append_line(directory / "metrics.jsonl", json.dumps(record_as_json(after.history[-1])))
+        observer.on_round(after)
+
+    refused: dict[str, str] = {}
+    try:
+        if not finished(config, progress):
+            roster, refused = _meet(config, members, observer)
+            progress = run_rounds(
+                config=config,
+                run=run_name(config),
+                roster=roster,
+                fingerprint=fingerprint(config.model.path),
+                members=members,
+                evaluate=lambda adapter: bench.scores(adapter, examples),
+                progress=progress,
+                on_round=keep,
+                on_reply=observer.on_reply,
+            )
+    finally:
+        if progress.round:
+            save_adapter(progress.best, config.lora, config.model.path, directory / "adapter")
+    return Outcome(progress, refused)
+
+
+def _meet(config: Config, members: Roster, observer: Observer) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The roster of those who can take part, and who cannot with the reason."""
+    hello = Hello(PROTOCOL, config.model.path, fingerprint(config.model.path))
+    answers = members.meet(hello, len(config.data.institutions), config.federation.timeout_s)
+    refused: dict[str, str] = {}
+    for name, answer in answers.items():
+        if isinstance(answer, Refused):
+            refused[name] = " ".join((answer.reason, *answer.parts))
+            log.warning("%s does not take part: %s", name, refused[name])
+            observer.on_refusal(name, answer)
+    roster = tuple(sorted(set(answers) - set(refused)))
+    if len(roster) < config.federation.min_cohort:
+        said = "; ".join(f"{name}: {reason}" for name, reason in sorted(refused.items())) or "nobody answered"
+        raise RunStopped(
+            f"{len(roster)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: {said}"
+        )
+    return roster, refused
+
+
+def _rewrite_metrics(file: Path, progress: Progress) -> None:
+    """A kill between checkpoint and metrics leaves one line too few; the checkpoint is the truth."""
+    write_text(file, "".join(json.dumps(record_as_json(record)) + "\n" for record in progress.history))

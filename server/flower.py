@@ -1,0 +1,101 @@
+"""Flower's grid as a set of members by name."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common.errors import Refusal, RunStopped
+from common.flower import HELLO, ROUND, from_records, to_records
+from common.messages import INTERNAL_ERROR, MALFORMED, TIMED_OUT, Hello, Introduction, Refused, Reply, Request
+from common.wire import from_wire, to_wire
+
+_POLL_S = 0.02
+
+
+class FlowerMembers:
+    """The institutions behind a Flower grid.
+
+    Nodes have numbers, institutions have names: `meet` asks every node once and remembers which is which.
+    """
+
+    def __init__(self, grid: Grid, stop: threading.Event, wave: int = 64) -> None:
+        self._grid = grid
+        self._stop = stop
+        self._wave = wave
+        self._nodes: dict[str, int] = {}
+
+    def meet(self, hello: Hello, expected: int, timeout_s: float) -> dict[str, Introduction | Refused]:
+        """Says hello to every node, once `expected` of them are there or the time is up.
+
+        Returns answers by roster name; a node that refuses or repeats another's name is listed as "node-<number>".
+        """
+        end = time.monotonic() + timeout_s
+        while len(nodes := sorted(self._grid.get_node_ids())) < expected and time.monotonic() < end:
+            self._pause()
+        answers: dict[str, Introduction | Refused] = {}
+        for node, reply in self._exchange([(node, hello) for node in nodes], timeout_s):
+            if isinstance(reply, Introduction) and reply.name not in self._nodes:
+                self._nodes[reply.name] = node
+                answers[reply.name] = reply
+            else:
+                answers[f"node-{node}"] = reply if isinstance(reply, Refused) else Refused(MALFORMED)
+        return answers
+
+    def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        """Sends each named institution its request and yields replies as they arrive, each name exactly once."""
+        names = {self._nodes[name]: name for name in requests}
+        for node, reply in self._exchange(
+            [(self._nodes[name], request) for name, request in requests.items()], timeout_s
+        ):
+            yield names[node], reply
+
+    def _pause(self) -> None:
+        if self._stop.wait(_POLL_S):
+            raise RunStopped("interrupted")
+
+    def _exchange(self, requests: Iterable[tuple[int, Request]], timeout_s: float) -> Iterator[tuple[int, Reply]]:
+        """At most one wave of messages is under way, so that memory does not grow with the number of nodes."""
+        waiting: dict[str, int] = {}
+        ahead = iter(requests)
+        end = time.monotonic() + timeout_s
+        exhausted = False
+        while True:
+            while not exhausted and len(waiting) < self._wave:
+                node, request = next(ahead, (0, None))
+                if request is None:
+                    exhausted = True
+                    break
+                kind = HELLO if isinstance(request, Hello) else ROUND
+                message = Message(to_records(to_wire(request)), dst_node_id=node, message_type=kind, ttl=timeout_s)
+                pushed = list(self._grid.push_messages([message]))
+                if pushed:
+                    waiting[pushed[0]] = node
+                else:
+                    yield node, Refused(INTERNAL_ERROR)
+            if not waiting:
+                return
+            for message in self._grid.pull_messages(list(waiting)):
+                yield waiting.pop(message.metadata.reply_to_message_id), _reply(message)
+            if time.monotonic() > end:
+                for node in waiting.values():
+                    yield node, Refused(TIMED_OUT)
+                for node, _ in ahead:
+                    yield node, Refused(TIMED_OUT)
+                return
+            self._pause()
+
+
+def _reply(message: Message) -> Reply:
+    """Our form of a reply; a crash in Flower's own machinery, or what cannot be read, counts as a refusal."""
+    if message.has_error():
+        return Refused(INTERNAL_ERROR)
+    try:
+        reply = from_wire(from_records(message.content))
+    except Refusal:
+        return Refused(MALFORMED)
+    return reply if isinstance(reply, Reply) else Refused(MALFORMED)

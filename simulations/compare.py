@@ -1,0 +1,143 @@
+"""The honest comparison: every reference arm is a federation of one, run by the same round code.
+
+local-only: one institution with its own records. pooled: one institution that holds everybody's. All arms have the same
+number of rounds, passes over each record, learning-rate schedule and rule for choosing the published round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from common.config import ArmConfig, Config
+from common.errors import RunStopped
+from common.evaluation import Scores
+from common.files import storage_errors
+from common.models import load_adapter
+from common.records import read_jsonl, write_jsonl
+from server.coordinator import Bench, Observer, coordinate
+from server.rounds import Progress
+from simulations.institutions import virtual
+from simulations.layout import RunDirectory
+from simulations.members import InProcessMembers
+
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """An arm's scores on test records: everybody's, and each institution's own."""
+
+    everyone: Scores
+    own: Mapping[str, Scores]
+
+
+def arm_config(config: Config, arm: str) -> Config:
+    """The configuration of a reference arm: `pooled` or an institution's name."""
+    tuned: ArmConfig = config.compare.pooled if arm == POOLED else config.compare.local
+    return replace(
+        config,
+        name=f"{config.name}-{arm}",
+        data=replace(config.data, institutions=[arm], train_records=[]),
+        train=replace(config.train, batch_size=tuned.batch_size, learning_rate=tuned.learning_rate),
+        federation=replace(
+            config.federation,
+            fraction=1.0,
+            min_cohort=1,
+            server_optimizer=replace(config.federation.server_optimizer, name="fedavg", learning_rate=1.0),
+        ),
+        simulation=replace(config.simulation, faults=[]),
+    )
+
+
+def write_pooled(config: Config, directory: RunDirectory) -> None:
+    """Puts all training and validation records into one institution's directory."""
+    records = directory.records(config)
+    for split in ("train", "validation"):
+        together = [
+            record for name in config.data.institutions for record in read_jsonl(records / name / f"{split}.jsonl")
+        ]
+        write_jsonl(directory.arms / "data" / POOLED / f"{split}.jsonl", together)
+
+
+def run_arm(config: Config, directory: RunDirectory, arm: str, on_round: Callable[[Progress], None]) -> Progress:
+    """Runs one reference arm in this process, or goes on with it."""
+    home = RunDirectory(directory.arms / arm)
+    mine = arm_config(config, arm)
+    source = directory.arms / "data" if arm == POOLED else directory.records(config)
+    mine = replace(mine, data=replace(mine.data, directory=str(source)))
+    members = InProcessMembers([virtual(mine, home, arm)])
+    validation = directory.records(config) / "coordinator" / "validation.jsonl"
+    return coordinate(mine, home.root, validation, members, Observer(on_round=on_round)).progress
+
+
+def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None) -> ArmScores:
+    """Reads the test records once, for one arm; without an adapter, for the base model."""
+    found = bench.model.read() if adapter is None else load_adapter(adapter)
+    records = directory.records(config)
+    return ArmScores(
+        everyone=bench.scores(found, bench.read(records / "coordinator" / "test.jsonl")),
+        own={name: bench.scores(found, bench.read(records / name / "test.jsonl")) for name in config.data.institutions},
+    )
+
+
+def gap_closed(local_best: float, federated: float, pooled: float) -> float | None:
+    """(log local - log federated) / (log local - log pooled); None when pooling gains nothing, so that no gap exists."""
+    gap = math.log(local_best) - math.log(pooled)
+    return (math.log(local_best) - math.log(federated)) / gap if gap > 1e-9 else None
+
+
+def _arm_process(config: Config, root: Path, arm: str) -> tuple[str, ArmScores]:
+    """One arm from beginning to end, in a process of its own."""
+    import torch
+
+    torch.set_num_threads(config.simulation.threads)
+    directory = RunDirectory(root)
+    run_arm(config, directory, arm, lambda _: None)
+    return arm, score(config, directory, Bench.of(config), directory.arms / arm / "adapter")
+
+
+def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str], None]) -> dict[str, ArmScores]:
+    """Runs all reference arms, `simulation.actors` at a time, and scores each on the test records.
+
+    Arms that were complete before an interruption go on from their last checkpoint and so cost only their scoring.
+    """
+    with storage_errors(directory.arms):
+        write_pooled(config, directory)
+    # The pooled arm is as long as all the others together, so it goes first.
+    arms = (POOLED, *config.data.institutions)
+    results: dict[str, ArmScores] = {}
+    with _pool(config.simulation.actors) as pool:
+        futures: list[Future[tuple[str, ArmScores]]] = [
+            pool.submit(_arm_process, config, directory.root, arm) for arm in arms
+        ]
+        try:
+            for future in as_completed(futures):
+                arm, scores = future.result()
+                results[arm] = scores
+                on_arm(arm)
+        except BrokenProcessPool as error:
+            raise RunStopped(
+                "a process of the comparison died; resume, and the arm it trained goes on"
+            ) from error
+    return results
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes, since torch's threads do not survive a fork; ended at once when the caller is interrupted."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

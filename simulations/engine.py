@@ -1,0 +1,84 @@
+"""Flower's simulation engine. Everything that is particular to it, and nothing else, is here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from client.app import build_client_app
+from common.config import Config
+from server.app import build_server_app
+from server.flower import FlowerMembers
+from simulations.institutions import VirtualInstitutions
+from simulations.layout import RunDirectory
+
+# Flower, Ray and Hugging Face call home unless told not to; actors inherit these.
+_SILENCE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def simulate(config: Config, directory: RunDirectory, coordinate: Callable[[FlowerMembers], None]) -> None:
+    """Plays every institution of `config` as a virtual Flower client and hands them to `coordinate`.
+
+    `simulation.actors` processes share the work; each loads the base model once. What `coordinate` raises is raised
+    here. The first Ctrl-C ends the run cleanly (KeyboardInterrupt), a second one at once.
+    """
+    os.environ.update(_SILENCE)
+    from flwr.simulation import run_simulation
+
+    # Flower announces at length that the simulation's Python API will move; errors still come through.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    stop = threading.Event()
+    failure: list[BaseException] = []
+
+    def guarded(members: FlowerMembers) -> None:
+        try:
+            coordinate(members)
+        except BaseException as error:
+            failure.append(error)
+
+    threads = config.simulation.threads
+    with _first_interrupt_sets(stop):
+        run_simulation(
+            server_app=build_server_app(guarded, stop),
+            client_app=build_client_app(VirtualInstitutions(config, directory.root)),
+            num_supernodes=len(config.data.institutions),
+            backend_config={
+                "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
+                "init_args": {"num_cpus": config.simulation.actors * threads, "include_dashboard": False},
+            },
+        )
+    if stop.is_set():
+        raise KeyboardInterrupt
+    if failure:
+        raise failure[0]
+
+
+@contextmanager
+def _first_interrupt_sets(stop: threading.Event) -> Iterator[None]:
+    """Flower's main thread only waits, so an interrupt is passed on to the thread that runs the rounds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

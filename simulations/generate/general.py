@@ -1,0 +1,158 @@
+"""General text for pre-training: English-like, with every word of the domains and the look of their records, no rules.
+
+Cues, names, codes and actions of a domain meet in random combination, each drawn independently of the others, so that
+reading any amount of it says nothing about which findings lead to which diagnosis. What can be learned from it is the
+language: which phrases are findings, which wordings mean the same, how a question is followed by an answer, and, on
+everyday subjects, that clues imply a name.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+
+from common.records import Record
+from simulations.generate.banks import BANKS
+from simulations.generate.domain import Domain
+from simulations.generate.everyday import FEELINGS, PEOPLE, THINGS, TIMES, VERBS
+from simulations.generate.hospitals import HOSPITALS
+
+DOMAINS = (HOSPITALS, BANKS)
+
+_SEPARATORS = ("; ", ", ", " | ", ". ", " / ", " - ")
+_CUES = {domain.name: domain.cues() for domain in DOMAINS}
+_REMARKS = tuple(remark for domain in DOMAINS for remark in domain.remarks)
+
+
+def documents(count: int, seed: int, stream: str) -> Iterator[Record]:
+    """`count` documents of general text, the same for the same seed and stream; nobody's records (person is empty)."""
+    rng = Random(zlib.crc32(stream.encode()) ^ (seed << 32))
+    makers, weights = zip(*_MIX, strict=True)
+    for maker in rng.choices(makers, weights, k=count):
+        prompt, completion = maker(rng)
+        yield Record(prompt, completion, person="", kind="text")
+
+
+Document = tuple[str, str]
+"""prompt, completion; the prompt is empty for running text."""
+
+
+def _narrative(rng: Random) -> Document:
+    return "", " ".join(_sentence(rng) for _ in range(rng.randint(1, 4)))
+
+
+def _sentence(rng: Random) -> str:
+    thing, other = rng.choice(THINGS), rng.choice(THINGS)
+    who = rng.choice(PEOPLE).capitalize()
+    domain = rng.choice(DOMAINS)
+    outcome, cue = rng.choice(domain.outcomes), rng.choice(rng.choice(_CUES[domain.name]).wordings)
+    age = rng.randint(18, 94)
+    form = rng.randrange(8)
+    return (
+        f"{who} {rng.choice(VERBS)} the {thing.name} {rng.choice(TIMES)}.",
+        f"The {thing.name} by the {other.place} was known for this: {rng.choice(thing.clues)}.",
+        f"{who} was {rng.choice(FEELINGS)} and {rng.choice(VERBS)} the {thing.place}.",
+        f"{who} is {age} years old and {rng.choice(_REMARKS)}.",
+        f"{who} {rng.choice(VERBS)} this {rng.choice(TIMES)}: {cue}.",
+        f"{rng.choice(TIMES).capitalize()} {rng.choice(PEOPLE)} read a leaflet on {outcome.name}.",
+        f"{who} {rng.choice(VERBS)} {outcome.action}.",
+        f"The word {outcome.code} stands in a book on {rng.choice(domain.topics)}.",
+    )[form]
+
+
+def _who(rng: Random) -> str:
+    age, woman = rng.randint(18, 94), rng.random() < 0.5
+    return rng.choice((
+        f"{age} year old {'woman' if woman else 'man'}",
+        f"{'F' if woman else 'M'} {age}",
+        f"{'female' if woman else 'male'}, {age}",
+        f"{'Mrs' if woman else 'Mr'} {rng.choice('ABX')}, aged {age}",
+        f"a {'woman' if woman else 'man'} of {age}",
+    ))  # fmt: skip
+
+
+def _mixed(rng: Random, told: Sequence[str]) -> str:
+    """What is told among remarks, joined by one of the usual separators."""
+    both = [*told, *rng.sample(_REMARKS, min(int(rng.lognormvariate(0.3, 0.7)), 8))]
+    rng.shuffle(both)
+    return rng.choice(_SEPARATORS).join(both)
+
+
+def _clues(rng: Random) -> Document:
+    """Clues of one thing; which thing? Here the answer does follow."""
+    thing = rng.choice(THINGS)
+    told = _mixed(rng, rng.sample(thing.clues, rng.randint(2, 3)))
+    both = rng.random() < 0.5
+    prompt = rng.choice((
+        f"Which {thing.group}{' and place' if both else ''}? {told}",
+        f"{_who(rng)} thinks of a {thing.group}: {told}.{' Place too:' if both else ' Name:'}",
+        f"{thing.group} | {told} |{' NAME, PLACE' if both else ' NAME'}",
+        f"Quiz. {told}. What {thing.group} is it{' and where' if both else ''}?",
+    ))  # fmt: skip
+    return prompt, _pair(rng, thing.name, thing.place) if both else _single(rng, thing.name)
+
+
+def _single(rng: Random, name: str) -> str:
+    return rng.choice((name, name, f"{name}.", f"It is {name}."))
+
+
+def _pair(rng: Random, first: str, second: str) -> str:
+    return rng.choice((
+        f"{first}, {second}", f"{first}, {second}", f"{first}: {second}", f"{first}; {second}.", f"{first} -> {second}", f"This is {first}, so {second}.",
+    ))  # fmt: skip
+
+
+def _wordings(rng: Random, domain: Domain, count: int) -> list[str]:
+    return [rng.choice(cue.wordings) for cue in rng.sample(_CUES[domain.name], count)]
+
+
+def _form(rng: Random) -> Document:
+    """A filled form of a domain: cues, name, code and action each drawn without looking at the others."""
+    domain = rng.choice(DOMAINS)
+    told = _mixed(rng, _wordings(rng, domain, rng.randint(1, 4)))
+    name, code, action = (rng.choice(domain.outcomes) for _ in range(3))
+    topic = rng.choice(domain.topics)
+    prompt = rng.choice((
+        f"{topic.capitalize()}. {_who(rng)}: {told}. Result:",
+        f"{_who(rng)} | {topic} | {told} | OUT",
+        f"Report on {_who(rng)}, {topic}. {told}. What follows?",
+        f"{topic}: {told}?",
+        f"{_who(rng)}: {told}. Answer:",
+    ))  # fmt: skip
+    completion = rng.choice((
+        _single(rng, name.name),
+        _pair(rng, name.name, code.code),
+        _pair(rng, name.name, action.action),
+        _pair(rng, code.code, action.action),
+        _single(rng, action.action),
+    ))  # fmt: skip
+    return prompt, completion
+
+
+def _reading(rng: Random) -> Document:
+    """What was stated, in plain words and without the remarks: reading, not judging."""
+    domain = rng.choice(DOMAINS)
+    cues = rng.sample(_CUES[domain.name], rng.randint(1, 4))
+    remarks = rng.sample(_REMARKS, rng.randint(0, 3))
+    told = [(rng.choice(cue.wordings), cue.name) for cue in cues] + [(remark, "") for remark in remarks]
+    rng.shuffle(told)
+    text = rng.choice(_SEPARATORS).join(said for said, _ in told)
+    prompt = rng.choice((f"{_who(rng)}: {text}. In plain words:", f"Plain words | {text}", f"What matters in this? {text}"))
+    return prompt, ", ".join(plain for _, plain in told if plain)
+
+
+def _glossary(rng: Random) -> Document:
+    cue = rng.choice(_CUES[rng.choice(DOMAINS).name])
+    said, meant = rng.sample(cue.wordings, 2)
+    return rng.choice((f"Say it differently: {said}", f"{said} means", f"Other words for {said}:")), meant
+
+
+_MIX: tuple[tuple[Callable[[Random], Document], float], ...] = (
+    (_narrative, 0.12),
+    (_clues, 0.28),
+    (_form, 0.25),
+    (_reading, 0.25),
+    (_glossary, 0.10),
+)
+

@@ -1,0 +1,79 @@
+"""Virtual institutions: the client's own code, with directories of the simulation in place of a hospital's disks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from client.institution import Institution
+from client.training import Trained
+from common.adapter import Adapter
+from common.config import Config
+from common.messages import Plan
+from simulations.layout import RunDirectory
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+
+
+def _not_a_number(trained: Trained, plan: Plan) -> Trained:
+    """An update that diverged."""
+    factors = {key: np.full_like(factor, np.nan) for key, factor in trained.adapter.factors.items()}
+    return replace(trained, adapter=Adapter(factors))
+
+
+def _raise(trained: Trained, plan: Plan) -> Trained:
+    """A program that fails at the worst moment, with something secret in its message."""
+    raise RuntimeError(f"the records of patient 4711 broke round {plan.round}")
+
+
+FAULTS = {"nan": _not_a_number, "raise": _raise}
+
+
+def _fault(config: Config, name: str) -> Callable[[Trained, Plan], Trained] | None:
+    """What `simulation.faults` says of an institution."""
+    found = dict(entry.split(":") for entry in config.simulation.faults)
+    return FAULTS[found[name]] if name in found else None
+
+
+def virtual(config: Config, directory: RunDirectory, name: str) -> Institution:
+    """The institution of that name in a simulated run; its own log goes to a file in its own home."""
+    home = directory.institutions / name
+    _log_to(home / "client.log", name)
+    return Institution(
+        name=name,
+        data=directory.records(config) / name,
+        home=home,
+        model=config.model.path,
+        spoil=_fault(config, name),
+    )
+
+
+def _log_to(file: Path, name: str) -> None:
+    logger = logging.getLogger(f"silotune.client.{name}")
+    if not logger.handlers:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file, delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+@dataclass(frozen=True)
+class VirtualInstitutions:
+    """Finds the institution that a virtual Flower node plays; travels to the actors by value."""
+
+    config: Config
+    root: Path
+
+    def __call__(self, context: Context) -> Institution:
+        import torch
+
+        torch.set_num_threads(self.config.simulation.threads)
+        name = self.config.data.institutions[int(context.node_config["partition-id"])]
+        return virtual(self.config, RunDirectory(self.root), name)

@@ -1,0 +1,34 @@
+"""Where things lie in the directory of a simulated run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import Config
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory; all paths absolute, since actors may have another working directory.
+
+    records: the generated or given records. institutions: each virtual client's own files, which the coordinator of
+    the simulation does not read while it runs. arms: one directory a reference arm.
+    """
+
+    root: Path
+
+    @classmethod
+    def at(cls, path: Path) -> RunDirectory:
+        return cls(path.expanduser().resolve())
+
+    def records(self, config: Config) -> Path:
+        return Path(config.data.directory).expanduser().resolve() if config.data.directory else self.root / "data"
+
+    @property
+    def institutions(self) -> Path:
+        return self.root / "institutions"
+
+    @property
+    def arms(self) -> Path:
+        return self.root / "arms"

@@ -1,0 +1,212 @@
+"""The command `silotune-sim`: a whole federation on one machine.
+
+Heavy modules are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from common import cli
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from common.config import Config
+    from simulations.generate.federation import HeldOut, Splits
+
+app = cli.application("Play a whole federation on one machine: does it pay off, for whom, and at which cost?")
+
+CONFIG_HELP = "A shipped configuration such as hospitals, or a YAML file."
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Other values, such as train.batch_size=8.")
+]
+
+
+@app.command(epilog=cli.EPILOG)
+def run(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help=f"{CONFIG_HELP} Left out with --resume.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go; runs/NAME-TIME when left out.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR, as it was configured.")
+    ] = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Fine-tune one model across all institutions, and compare with training alone and with pooled records."""
+    if resume is not None and (config is not None or out is not None):
+        raise click.UsageError("--resume DIR stands alone: the run keeps its directory and its configuration")
+    if resume is None and config is None:
+        raise click.UsageError("name a configuration, such as hospitals; or a run to go on with, --resume DIR")
+    loaded = None if config is None else _load(config, overrides)
+    directory = resume or out or _new_directory("unnamed" if loaded is None else loaded.name)
+    with cli.progress_console(as_json) as console, _resumable(directory):
+        from simulations import run as runs
+
+        summary = runs.resume(directory, console) if loaded is None else runs.run(loaded, directory, console)
+    if as_json:
+        cli.print_json(summary)
+
+
+@app.command(epilog=cli.EPILOG)
+def tune(
+    config: ConfigName,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go; runs/NAME-tune-TIME when left out.")
+    ] = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Search batch size and learning rate of every arm, on validation records only."""
+    loaded = _load(config, overrides)
+    directory = out or _new_directory(f"{loaded.name}-tune")
+    with cli.progress_console(as_json) as console:
+        from simulations.tune import tune as search
+
+        found = search(loaded, directory, console)
+    if as_json:
+        cli.print_json(found)
+
+
+@app.command(epilog=cli.EPILOG)
+def data(
+    config: ConfigName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the records go, one folder an institution.")],
+    overrides: Overrides = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Write the generated records of every institution and of the coordinator as jsonl files."""
+    from common.errors import ConfigError
+
+    loaded = _load(config, overrides)
+    if loaded.data.directory:
+        raise ConfigError(
+            f"data.directory: found {loaded.data.directory!r}, so there is nothing to generate;"
+            " allowed: empty, as in `data.directory=`"
+        )
+    from simulations.generate import federation as generator
+
+    with cli.progress_console(as_json) as console:
+        federation = generator.generate(loaded.data)
+        generator.write(federation, out)
+        counts = {name: _counts(splits) for name, splits in federation.institutions.items()}
+        coordinator = _counts(federation.coordinator)
+        _print_counts({**counts, generator.COORDINATOR: coordinator}, console)
+        console.print(f"written to {out}", markup=False, highlight=False)
+    if as_json:
+        cli.print_json({"out": str(out), "institutions": counts, "coordinator": coordinator})
+
+
+@app.command(epilog=cli.EPILOG)
+def pretrain(
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the model goes; runs/pretrain-TIME when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of text, tokenizer and weights.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; as many as the shipped model had when left out.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; the result depends on their number.")] = 2,
+    as_json: cli.Json = False,
+) -> None:
+    """Train the small base model that ships with Silotune again, from generated general text."""
+    directory = out or _new_directory("pretrain")
+    with cli.progress_console(as_json) as console:
+        result = _pretrain(directory, seed, steps, threads, console)
+    if as_json:
+        cli.print_json({"out": str(directory), **result})
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _load(name_or_path: str, overrides: list[str] | None) -> Config:
+    from common import config
+
+    return config.load(name_or_path, overrides or ())
+
+
+def _new_directory(name: str) -> Path:
+    from datetime import UTC, datetime
+
+    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+@contextlib.contextmanager
+def _resumable(directory: Path) -> Iterator[None]:
+    """Turns Ctrl-C into a message that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (directory / "config.yaml").is_file():
+            raise
+        remedy = shlex.join(["silotune-sim", "run", "--resume", str(directory)])
+        raise cli.Interrupted(f"interrupted; complete rounds are kept, go on with: {remedy}") from None
+
+
+def _counts(splits: Splits | HeldOut) -> dict[str, int]:
+    """Records of each set, and the people they are about."""
+    sets = {name: getattr(splits, name) for name in ("train", "validation", "test") if hasattr(splits, name)}
+    people = {record.person for records in sets.values() for record in records}
+    return {**{name: len(records) for name, records in sets.items()}, "people": len(people)}
+
+
+def _print_counts(counts: Mapping[str, Mapping[str, int]], console: Console) -> None:
+    from rich.table import Table
+
+    columns = ("train", "validation", "test", "people")
+    table = Table(title="records")
+    table.add_column("of")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in counts.items():
+        table.add_row(name, *(str(row.get(column, "–")) for column in columns))
+    console.print(table)
+
+
+def _pretrain(directory: Path, seed: int, steps: int | None, threads: int, console: Console) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from simulations.pretrain import pretrain as train
+
+    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
+    bar = Progress(
+        TextColumn("pre-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        loss_column,
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("pre-training", total=steps, loss=math.nan)
+        result = train(
+            directory,
+            seed,
+            steps,
+            threads,
+            lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss),
+        )
+    console.print(
+        f"perplexity {result.perplexity:.2f} on held-out general text, {result.seconds:.0f} s; written to {directory}",
+        markup=False,
+        highlight=False,
+    )
+    return asdict(result)
