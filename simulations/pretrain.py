@@ -107,27 +107,26 @@ def pretrain(
 
 def training_text(seed: int, steps: int) -> Iterator[Record]:
     """Every document the model is trained on; the tokenizer sees the first of them (or as many more as it needs)."""
-    return documents(steps * BATCH, seed, "training")
+    return documents(steps * BATCH, seed)
 
 
 def tokenizer_text(seed: int) -> Iterator[Record]:
     """Every document the tokenizer is trained on: what the model's training text begins with."""
-    return documents(_TOKENIZER_DOCUMENTS, seed, "training")
+    return documents(_TOKENIZER_DOCUMENTS, seed)
 
 
 def held_out_text(seed: int) -> Iterator[Record]:
-    return documents(_HELD_OUT_DOCUMENTS, seed, "held out")
+    return documents(_HELD_OUT_DOCUMENTS, seed, held_out=True)
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al. 2016); digits stand alone, and no special token is added unasked."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -187,7 +186,7 @@ def batches(encoded: list[list[int]], seed: int) -> Iterator[list[list[int]]]:
 
 
 def held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
-    """exp of the mean negative log-likelihood of a token of held-out general text, <s> not counted."""
+    """The exponential of the mean negative log-likelihood of a token of held-out general text, <s> not counted."""
     import torch
 
     encoded = sorted(encode(tokenizer, list(held_out_text(seed))), key=len)
@@ -225,7 +224,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = _PEAK_RATE * _rate_share(step, steps)
         loss = _mean_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()

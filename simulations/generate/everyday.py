@@ -116,15 +116,64 @@ def _parse(group: str, line: str) -> Thing:
 THINGS = tuple(_parse(group, line) for group, text in _LISTS.items() for line in text.strip().splitlines())
 
 PEOPLE = (
-    "a girl", "a boy", "my aunt", "the mayor", "our neighbour", "an old sailor", "the teacher", "her brother", "a student", "the nurse",
-    "a clerk", "the doctor", "my cousin", "a traveller", "the cook", "a visitor",
-)  # fmt: skip
+    "a girl",
+    "a boy",
+    "my aunt",
+    "the mayor",
+    "our neighbour",
+    "an old sailor",
+    "the teacher",
+    "her brother",
+    "a student",
+    "the nurse",
+    "a clerk",
+    "the doctor",
+    "my cousin",
+    "a traveller",
+    "the cook",
+    "a visitor",
+)
 VERBS = (
-    "saw", "drew", "remembered", "described", "talked about", "looked for", "asked about", "wrote about", "pointed at", "forgot",
-    "dreamed of", "mentioned",
-)  # fmt: skip
+    "saw",
+    "drew",
+    "remembered",
+    "described",
+    "talked about",
+    "looked for",
+    "asked about",
+    "wrote about",
+    "pointed at",
+    "forgot",
+    "dreamed of",
+    "mentioned",
+)
 TIMES = (
-    "on monday", "in the morning", "last week", "after lunch", "at night", "in winter", "before the holiday", "yesterday", "in june",
-    "every year", "at noon", "for an hour", "once more", "in the end",
-)  # fmt: skip
-FEELINGS = ("happy", "tired", "proud", "cold", "late", "curious", "silent", "pleased", "hungry", "ready", "surprised", "calm")
+    "on monday",
+    "in the morning",
+    "last week",
+    "after lunch",
+    "at night",
+    "in winter",
+    "before the holiday",
+    "yesterday",
+    "in june",
+    "every year",
+    "at noon",
+    "for an hour",
+    "once more",
+    "in the end",
+)
+FEELINGS = (
+    "happy",
+    "tired",
+    "proud",
+    "cold",
+    "late",
+    "curious",
+    "silent",
+    "pleased",
+    "hungry",
+    "ready",
+    "surprised",
+    "calm",
+)

@@ -150,7 +150,9 @@ def write(federation: Federation, out: Path) -> None:
         for stem, records in files.items():
             path = out / f"{stem}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), "utf-8")
+            path.write_text(
+                "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), "utf-8"
+            )
     except OSError as error:
         raise StorageError(f"cannot write records below {out}: {error.strerror}; choose another --out") from error
 
@@ -289,7 +291,7 @@ def _record(
 def _stated(
     domain: Domain, outcome: Outcome, house: _House, held_out: bool, rng: np.random.Generator
 ) -> tuple[str, ...]:
-    """Cues of the outcome among remarks, in random order; the number of remarks is lognormal, as lengths of notes are."""
+    """Cues of the outcome among remarks, in random order; the number of remarks is lognormal, as a note's length is."""
     cues = [
         house.favourites[cue.name] if rng.random() < _FAVOURITE else cue.wordings[rng.integers(len(cue.wordings))]
         for cue in draw_cues(outcome, held_out, rng)

@@ -22,16 +22,23 @@ DOMAINS = (HOSPITALS, BANKS)
 
 _SEPARATORS = ("; ", ", ", " | ", ". ", " / ", " - ")
 _CUES = {domain.name: domain.cues() for domain in DOMAINS}
+_HELD_OUT_ONE_IN = 40
 _REMARKS = tuple(remark for domain in DOMAINS for remark in domain.remarks)
 
 
-def documents(count: int, seed: int, stream: str) -> Iterator[Record]:
-    """`count` documents of general text, the same for the same seed and stream; nobody's records (person is empty)."""
-    rng = Random(zlib.crc32(stream.encode()) ^ (seed << 32))
+def documents(count: int, seed: int, *, held_out: bool = False) -> Iterator[Record]:
+    """`count` documents of general text, the same for the same seed; nobody's records (person is empty).
+
+    One text in _HELD_OUT_ONE_IN, whatever the seed, comes up in held-out text alone: the two never share a document.
+    """
+    rng = Random(2 * seed + held_out)
     makers, weights = zip(*_MIX, strict=True)
-    for maker in rng.choices(makers, weights, k=count):
-        prompt, completion = maker(rng)
-        yield Record(prompt, completion, person="", kind="text")
+    made = 0
+    while made < count:
+        prompt, completion = rng.choices(makers, weights)[0](rng)
+        if (zlib.crc32(f"{prompt}\n{completion}".encode()) % _HELD_OUT_ONE_IN == 0) == held_out:
+            made += 1
+            yield Record(prompt, completion, person="", kind="text")
 
 
 Document = tuple[str, str]
@@ -138,7 +145,9 @@ def _reading(rng: Random) -> Document:
     told = [(rng.choice(cue.wordings), cue.name) for cue in cues] + [(remark, "") for remark in remarks]
     rng.shuffle(told)
     text = rng.choice(_SEPARATORS).join(said for said, _ in told)
-    prompt = rng.choice((f"{_who(rng)}: {text}. In plain words:", f"Plain words | {text}", f"What matters in this? {text}"))
+    prompt = rng.choice(
+        (f"{_who(rng)}: {text}. In plain words:", f"Plain words | {text}", f"What matters in this? {text}")
+    )
     return prompt, ", ".join(plain for _, plain in told if plain)
 
 
@@ -155,4 +164,3 @@ _MIX: tuple[tuple[Callable[[Random], Document], float], ...] = (
     (_reading, 0.25),
     (_glossary, 0.10),
 )
-
