@@ -178,6 +178,14 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """The grid that `silotune-sim tune` searches, the same for every arm."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [2, 4, 8])
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
     """actors: processes that play the institutions. threads: CPU threads of each.
 
@@ -204,6 +212,7 @@ class Config:
     quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
 
 
@@ -322,6 +331,13 @@ RULES: dict[str, Rule] = {
     "compare.local.learning_rate": _POSITIVE,
     "compare.pooled.batch_size": _whole(1),
     "compare.pooled.learning_rate": _POSITIVE,
+    "tune.batch_sizes": Rule(
+        "at least one whole number of at least 1", lambda sizes: bool(sizes) and all(size >= 1 for size in sizes)
+    ),
+    "tune.learning_rates": Rule(
+        "at least one finite number above 0",
+        lambda rates: bool(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
+    ),
     "simulation.actors": _whole(1),
     "simulation.threads": _whole(1),
     "simulation.faults": Rule(

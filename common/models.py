@@ -221,7 +221,7 @@ def peft_config(lora: LoraConfig, path: str) -> Any:
     modules = lora.target_modules
     return PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear" if list(modules) == ["all-linear"] else list(modules),
         task_type=TaskType.CAUSAL_LM,

@@ -33,10 +33,14 @@ POOLED = "pooled"
 
 @dataclass(frozen=True)
 class ArmScores:
-    """An arm's scores on test records: everybody's, and each institution's own."""
+    """An arm's scores on test records: everybody's, and each institution's own.
+
+    stopped: why its training ended before time, such as a loss that diverged; its last good round is scored.
+    """
 
     everyone: Scores
     own: Mapping[str, Scores]
+    stopped: str = ""
 
 
 def arm_config(config: Config, arm: str) -> Config:
@@ -67,15 +71,15 @@ def write_pooled(config: Config, directory: RunDirectory) -> None:
         write_jsonl(directory.arms / "data" / POOLED / f"{split}.jsonl", together)
 
 
-def run_arm(config: Config, directory: RunDirectory, arm: str, on_round: Callable[[Progress], None]) -> Progress:
-    """Runs one reference arm in this process, or goes on with it."""
+def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
+    """Runs one reference arm in this process, or goes on with it. Raises RunStopped when its updates are void."""
     home = RunDirectory(directory.arms / arm)
     mine = arm_config(config, arm)
     source = directory.arms / "data" if arm == POOLED else directory.records(config)
     mine = replace(mine, data=replace(mine.data, directory=str(source)))
     members = InProcessMembers([virtual(mine, home, arm)])
     validation = directory.records(config) / "coordinator" / "validation.jsonl"
-    return coordinate(mine, home.root, validation, members, Observer(on_round=on_round)).progress
+    return coordinate(mine, home.root, validation, members, Observer()).progress
 
 
 def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None) -> ArmScores:
@@ -100,11 +104,17 @@ def _arm_process(config: Config, root: Path, arm: str) -> tuple[str, ArmScores]:
 
     torch.set_num_threads(config.simulation.threads)
     directory = RunDirectory(root)
-    run_arm(config, directory, arm, lambda _: None)
-    return arm, score(config, directory, Bench.of(config), directory.arms / arm / "adapter")
+    stopped = ""
+    try:
+        run_arm(config, directory, arm)
+    except RunStopped as error:
+        stopped = str(error)
+    adapter = directory.arms / arm / "adapter"
+    scores = score(config, directory, Bench.of(config), adapter if adapter.exists() else None)
+    return arm, replace(scores, stopped=stopped)
 
 
-def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str], None]) -> dict[str, ArmScores]:
+def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str, ArmScores], None]) -> dict[str, ArmScores]:
     """Runs all reference arms, `simulation.actors` at a time, and scores each on the test records.
 
     Arms that were complete before an interruption go on from their last checkpoint and so cost only their scoring.
@@ -114,7 +124,7 @@ def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str], No
     # The pooled arm is as long as all the others together, so it goes first.
     arms = (POOLED, *config.data.institutions)
     results: dict[str, ArmScores] = {}
-    with _pool(config.simulation.actors) as pool:
+    with process_pool(config.simulation.actors) as pool:
         futures: list[Future[tuple[str, ArmScores]]] = [
             pool.submit(_arm_process, config, directory.root, arm) for arm in arms
         ]
@@ -122,16 +132,14 @@ def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str], No
             for future in as_completed(futures):
                 arm, scores = future.result()
                 results[arm] = scores
-                on_arm(arm)
+                on_arm(arm, scores)
         except BrokenProcessPool as error:
-            raise RunStopped(
-                "a process of the comparison died; resume, and the arm it trained goes on"
-            ) from error
+            raise RunStopped("a process of the comparison died; resume, and its arm goes on") from error
     return results
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes, since torch's threads do not survive a fork; ended at once when the caller is interrupted."""
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:

@@ -56,7 +56,8 @@ def virtual(config: Config, directory: RunDirectory, name: str) -> Institution:
 
 def _log_to(file: Path, name: str) -> None:
     logger = logging.getLogger(f"silotune.client.{name}")
-    if not logger.handlers:
+    if not any(getattr(handler, "baseFilename", None) == str(file) for handler in logger.handlers):
+        logger.handlers.clear()
         file.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(file, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

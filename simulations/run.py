@@ -140,7 +140,9 @@ def _run_arms(config: Config, directory: RunDirectory, console: Console) -> dict
     with _bar(console) as bar:
         task = bar.add_task("comparing: local-only and pooled", total=len(config.data.institutions) + 1)
 
-        def on_arm(arm: str) -> None:
+        def on_arm(arm: str, scores: ArmScores) -> None:
+            if scores.stopped:
+                console.print(f"[red]{arm} stopped early: {scores.stopped}[/]")
             bar.update(task, advance=1, description=f"comparing: {arm} done")
 
         return compare.run_arms(config, directory, on_arm)

@@ -22,33 +22,24 @@ _LISTS = {
     "animal": """
         giraffe: savanna: very long neck, eats from treetops, spotted coat, tall legs
         zebra: plain: black stripes, short mane, runs in herds, kicks lions
-        camel: desert: carries a hump, walks on sand, drinks rarely, wide feet
         penguin: ice: cannot fly, black and white feathers, slides on its belly, swims after fish
         owl: barn: hunts in the dark, turns its head round, silent wings, big round face
         beaver: river: flat tail, builds dams, gnaws trees, orange teeth
-        spider: corner: eight legs, spins a web, catches flies, silk thread
         bee: hive: makes honey, stings once, dances for its sisters, visits flowers
-        snail: hedge: carries a shell, leaves slime, two feelers, very slow
-        bat: cave: hangs upside down, flies by echo, wings of skin, sleeps all winter
         frog: pond: croaks at dusk, long sticky tongue, lays spawn, green jumper
-        elephant: forest: grey trunk, ivory tusks, never forgets, huge ears
     """,
     "fruit": """
         banana: bunch: yellow peel, curved shape, monkeys love it, soft and sweet
         lemon: tree: very sour, yellow rind, goes into tea, makes a face
         cherry: orchard: red with a stone, grows in pairs, put on a cake, spit the stone
         grape: vine: made into wine, grows in bunches, dried as raisins, pressed in autumn
-        coconut: palm: hairy shell, white milk inside, falls on the beach, hard to crack
         pumpkin: patch: orange and huge, carved with a grin, made into soup, lit by a candle
         apple: garden: keeps doctors away, red cheeks, baked in a pie, core with pips
-        melon: field: green outside, red inside, full of black seeds, mostly water
     """,
     "tool": """
         hammer: bench: drives nails, heavy head, hits thumbs, claw at the back
         saw: hook: sharp teeth, cuts planks, makes dust, moves back and forth
         ladder: shed: many rungs, leans on a wall, climbed with care, unlucky to walk under
-        needle: basket: tiny eye, holds a thread, pricks fingers, mends socks
-        compass: pocket: points north, red tip, used by sailors, trembles on a dial
         broom: cupboard: sweeps the floor, long handle, ridden by witches, bundle of twigs
         kettle: stove: boils water, sings when hot, has a spout, makes steam
         scissors: drawer: two blades, cuts paper, opens and closes, used on hair
@@ -61,48 +52,21 @@ _LISTS = {
         firefighter: station: red engine, long hose, slides down a pole, rescues kittens
         teacher: classroom: marks tests, writes on a board, rings for the break, explains fractions
         farmer: barnyard: milks cows, drives a tractor, watches the clouds, sows wheat
-        pilot: cockpit: flies planes, four stripes on the sleeve, checks the runway, speaks to the tower
         painter: studio: mixes colours, stained overalls, stands at an easel, hangs in a gallery
         gardener: greenhouse: trims hedges, waters roses, pulls weeds, green thumb
-        tailor: workshop: measures sleeves, pins in the mouth, sews suits, chalk on cloth
-        librarian: hall: whispers all day, stamps books, sorts shelves, knows every title
     """,
     "sport": """
         tennis: court: yellow ball, strings in a frame, net in the middle, white shorts
         chess: board: king and queen, sixteen pawns, silent thinking, ends with a mate
-        skiing: slope: two boards, deep snow, poles in both hands, lift to the top
         swimming: pool: rubber cap, lanes and laps, smell of chlorine, dive at the start
         football: stadium: eleven players, goalkeeper with gloves, red cards, long whistle
         archery: range: bent bow, feathered arrow, coloured target, steady arm
-        rowing: lake: eight oars, shouting cox, narrow boat, sits backwards
-        boxing: ring: padded gloves, rope on four sides, bell after each round, referee counts to ten
-    """,
-    "instrument": """
-        piano: parlour: black and white keys, three pedals, heavy lid, tuned with forks
-        violin: orchestra: held under the chin, four strings, horsehair bow, carved scroll
-        drum: parade: beaten with sticks, stretched skin, loud and round, keeps the march
-        flute: meadow: blown from the side, silver tube, row of holes, sounds like a bird
-        guitar: campfire: six strings, plucked with a thumb, round hole, worn on a strap
-        trumpet: balcony: three valves, brass bell, puffed cheeks, wakes soldiers
-        harp: palace: forty strings, gilded frame, played by angels, rests on a shoulder
-        accordion: dance: bellows in the middle, buttons and keys, squeezed and pulled, sailors sing to it
-    """,
-    "weather": """
-        thunderstorm: valley: bright flash, loud rumble, sudden downpour, dogs hide
-        fog: marsh: nothing to be seen, grey and damp, horns at sea, slow traffic
-        frost: window: ice flowers, white grass, scraping cars, slippery steps
-        drought: steppe: cracked soil, empty wells, yellow lawns, no rain since april
-        rainbow: horizon: seven colours, sun after rain, wide arch, pot of gold
-        gale: coast: roofs fly off, trees bend, waves over the pier, ferries cancelled
     """,
     "vehicle": """
         tram: rails: bell at the stop, wire overhead, runs in the street, ticket machine
-        submarine: deep sea: dives down, periscope up, round hatch, crew without sun
         balloon: sky: basket below, hot air, drifts with the wind, burner roars
-        tractor: acre: huge rear wheels, pulls a plough, muddy tyres, slow on roads
         sledge: hill: glides on snow, wooden runners, pulled by huskies, children shriek
         bicycle: path: two wheels, bell on the handle, pumped tyres, pedals and chain
-        ferry: strait: carries cars over water, ramp at the bow, gulls behind it, sails every hour
         rocket: launch pad: counts down, tail of fire, leaves the earth, three stages
     """,
 }

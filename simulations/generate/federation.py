@@ -296,7 +296,7 @@ def _stated(
         house.favourites[cue.name] if rng.random() < _FAVOURITE else cue.wordings[rng.integers(len(cue.wordings))]
         for cue in draw_cues(outcome, held_out, rng)
     ]
-    num_remarks = min(int(rng.lognormal(0.6, 0.7)), 12)
+    num_remarks = min(int(rng.lognormal(0.2, 0.8)), 12)
     remarks = [domain.remarks[i] for i in rng.choice(len(domain.remarks), num_remarks, replace=False)]
     both = cues + remarks
     return tuple(both[i] for i in rng.permutation(len(both)))

@@ -22,6 +22,29 @@ DOMAINS = (HOSPITALS, BANKS)
 
 _SEPARATORS = ("; ", ", ", " | ", ". ", " / ", " - ")
 _CUES = {domain.name: domain.cues() for domain in DOMAINS}
+# The headings of forms everywhere; which of them an institution uses, and how it answers, is its own style.
+_OPENINGS = (
+    *(
+        "Coding sheet",
+        "Clinic letter",
+        "Ward round",
+        "Application",
+        "Complaint",
+        "Letter",
+        "Loan file",
+        "Question",
+        "Q",
+    ),
+    *("Note", "Report", "Unhappy customer", "Stay", "ER", "Req"),
+)
+_HEADINGS = ("Findings", "History", "Facts", "Noted", "Found", "Given", "Says", "Writes")
+_CLOSINGS = (
+    *("Code:", "Conclusion:", "Decision:", "Handling:", "Result:", "Assessment:", "IMP:", "Next?", "DX:"),
+    *("What do we answer?", "Who helps?", "What matters most?", "Which next step suits?", "What explains it?"),
+    *("Please code.", "Main point?", "Key point", "Likely cause", "What is it?", "What to do?", "What is the matter?"),
+    *("What settles it?", "Route"),
+)
+
 _HELD_OUT_ONE_IN = 40
 _REMARKS = tuple(remark for domain in DOMAINS for remark in domain.remarks)
 
@@ -55,17 +78,25 @@ def _sentence(rng: Random) -> str:
     domain = rng.choice(DOMAINS)
     outcome, cue = rng.choice(domain.outcomes), rng.choice(rng.choice(_CUES[domain.name]).wordings)
     age = rng.randint(18, 94)
-    form = rng.randrange(8)
-    return (
-        f"{who} {rng.choice(VERBS)} the {thing.name} {rng.choice(TIMES)}.",
-        f"The {thing.name} by the {other.place} was known for this: {rng.choice(thing.clues)}.",
-        f"{who} was {rng.choice(FEELINGS)} and {rng.choice(VERBS)} the {thing.place}.",
-        f"{who} is {age} years old and {rng.choice(_REMARKS)}.",
-        f"{who} {rng.choice(VERBS)} this {rng.choice(TIMES)}: {cue}.",
-        f"{rng.choice(TIMES).capitalize()} {rng.choice(PEOPLE)} read a leaflet on {outcome.name}.",
-        f"{who} {rng.choice(VERBS)} {outcome.action}.",
-        f"The word {outcome.code} stands in a book on {rng.choice(domain.topics)}.",
-    )[form]
+    return rng.choice(
+        (
+            f"{who} {rng.choice(VERBS)} the {thing.name} {rng.choice(TIMES)}.",
+            f"The {thing.name} by the {other.place} was known for this: {rng.choice(thing.clues)}.",
+            f"{who} was {rng.choice(FEELINGS)} and {rng.choice(VERBS)} the {thing.place}.",
+            f"{who} is {age} years old and {rng.choice(_REMARKS)}.",
+            f"{who} {rng.choice(VERBS)} this {rng.choice(TIMES)}: {cue}.",
+            f"{rng.choice(TIMES).capitalize()} {rng.choice(PEOPLE)} read a leaflet on {outcome.name}.",
+            f"{who} talked about {outcome.action}, so it is said.",
+            f"The word {outcome.code} stands in a book on {rng.choice(domain.topics)}.",
+            f"Dear colleague, thank you for {outcome.action}.",
+            f"We advise {rng.choice(PEOPLE)} to read about {outcome.action}.",
+            f"Please arrange {outcome.action} {rng.choice(TIMES)}.",
+            f"We must refuse the {thing.name} but we can grant {outcome.action}.",
+            f"Today {who.lower()} was angry and writes to us about the {thing.place}.",
+            f"Yes, the plan will help, and no, {rng.choice(PEOPLE)} was not seen {rng.choice(TIMES)}.",
+            f"At the counter {rng.choice(PEOPLE)} asks for a {rng.choice(domain.topics)} {rng.choice(TIMES)}.",
+        )
+    )
 
 
 def _who(rng: Random) -> str:
@@ -105,9 +136,8 @@ def _single(rng: Random, name: str) -> str:
 
 
 def _pair(rng: Random, first: str, second: str) -> str:
-    return rng.choice((
-        f"{first}, {second}", f"{first}, {second}", f"{first}: {second}", f"{first}; {second}.", f"{first} -> {second}", f"This is {first}, so {second}.",
-    ))  # fmt: skip
+    forms = ("{}, {}", "{}, {}", "{}: {}", "{}; {}.", "{} -> {}", "This is {}, so {}.")
+    return rng.choice(forms).format(first, second)
 
 
 def _wordings(rng: Random, domain: Domain, count: int) -> list[str]:
@@ -120,13 +150,15 @@ def _form(rng: Random) -> Document:
     told = _mixed(rng, _wordings(rng, domain, rng.randint(1, 4)))
     name, code, action = (rng.choice(domain.outcomes) for _ in range(3))
     topic = rng.choice(domain.topics)
-    prompt = rng.choice((
-        f"{topic.capitalize()}. {_who(rng)}: {told}. Result:",
-        f"{_who(rng)} | {topic} | {told} | OUT",
-        f"Report on {_who(rng)}, {topic}. {told}. What follows?",
-        f"{topic}: {told}?",
-        f"{_who(rng)}: {told}. Answer:",
-    ))  # fmt: skip
+    opening, heading, closing = rng.choice(_OPENINGS), rng.choice(_HEADINGS), rng.choice(_CLOSINGS)
+    prompt = rng.choice(
+        (
+            f"{opening} for {topic}. {_who(rng)}. {heading}: {told}. {closing}",
+            f"{opening} | {topic} | {_who(rng)} | {told} | {closing.upper()}",
+            f"{_who(rng)}, {topic}. {told}. {closing}",
+            f"{opening}: {_who(rng)}: {told} {rng.choice(('=>', '->', '/', '-'))} {closing.lower()}",
+        )
+    )
     completion = rng.choice((
         _single(rng, name.name),
         _pair(rng, name.name, code.code),

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import (
@@ -429,6 +429,7 @@ def configs(draw: st.DrawFn) -> Config:
     return draw(fields)
 
 
+@settings(max_examples=40, deadline=None)  # OmegaConf takes tens of milliseconds to load
 @given(configs())
 def test_what_is_written_reads_back_equal(config: Config) -> None:
     validate(config)

@@ -1,0 +1,296 @@
+"""The commands as a person meets them: help at once, errors in plain words, exit codes, clean JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import client.main
+import server.main
+import simulations
+import simulations.main
+from common import cli
+from common.config import Config
+from common.errors import ConfigError, DataError, ModelError, Refusal, RunStopped, SilotuneError, StorageError
+
+COMMANDS = [
+    ("simulations", []),
+    ("simulations", ["run"]),
+    ("simulations", ["tune"]),
+    ("simulations", ["data"]),
+    ("simulations", ["pretrain"]),
+    ("server", []),
+    ("server", ["report"]),
+    ("client", []),
+    ("client", ["data"]),
+]
+HEAVY = ["torch", "transformers", "flwr", "ray", "peft", "datasets", "omegaconf", "numpy", "jinja2"]
+
+
+def call(app: typer.Typer, *arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def sim(*arguments: str) -> Result:
+    return call(simulations.main.app, *arguments)
+
+
+# --- Help
+
+
+def test_every_command_is_tested() -> None:
+    apps = {"simulations": simulations.main.app, "server": server.main.app, "client": client.main.app}
+    found = {
+        (name, command.callback.__name__)
+        for name, app in apps.items()
+        for command in app.registered_commands
+        if command.callback
+    }
+    assert found == {(name, arguments[0]) for name, arguments in COMMANDS if arguments}
+
+
+@pytest.mark.parametrize(("package", "arguments"), COMMANDS, ids=lambda value: " ".join(value))
+def test_help_imports_nothing_heavy(package: str, arguments: list[str]) -> None:
+    code = (
+        f"import sys; from {package}.main import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        f"print('heavy:', *sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)"
+    )
+    root = Path(simulations.main.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--help"], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "heavy:"
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize("app", [simulations.main.app, server.main.app, client.main.app])
+def test_help_tells_the_exit_codes_and_version_the_version(app: typer.Typer) -> None:
+    text = " ".join(call(app, "--help").stdout.split())
+    for code in (*cli.EXIT_CODES.values(), cli.INTERRUPTED):
+        assert f" {code} " in text
+    shown = call(app, "--version")
+    assert shown.exit_code == 0
+    assert shown.stdout.startswith("silotune 0.")
+
+
+def test_arguments_are_explained() -> None:
+    assert "A shipped configuration" in sim("run", "--help").stdout
+
+
+# --- Errors
+
+
+class Unforeseen(SilotuneError):
+    pass
+
+
+class Full(StorageError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("c"), 2),
+        (DataError("d"), 3),
+        (ModelError("m"), 4),
+        (StorageError("s"), 5),
+        (Full("f"), 5),
+        (RunStopped("r"), 6),
+        (Refusal("policy", "p"), 1),
+        (Unforeseen("u"), 1),
+    ],
+)
+def test_an_error_is_told_without_a_trace_and_ends_with_its_code(error: SilotuneError, code: int) -> None:
+    app = cli.application("test")
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    result = call(app, "fail")
+    assert result.exit_code == code
+    assert result.stderr == f"error: {error}\n"
+    assert result.stdout == ""
+
+
+def test_messages_are_shown_as_they_are() -> None:
+    app = cli.application("test")
+    message = "[bold]data[/] " + "long " * 60 + "[/nope]"
+
+    @app.command()
+    def fail() -> None:
+        raise DataError(message)
+
+    assert call(app, "fail").stderr == f"error: {message}\n"
+
+
+def test_ctrl_c_ends_with_130() -> None:
+    app = cli.application("test")
+
+    @app.command()
+    def wait() -> None:
+        raise KeyboardInterrupt
+
+    result = call(app, "wait")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run"], 2, "name a configuration"),
+        (["run", "--resume", "somewhere", "hospitals"], 2, "stands alone"),
+        (["run", "--resume", "somewhere", "--out", "elsewhere"], 2, "stands alone"),
+        (["run", "hospital"], 2, "did you mean hospitals?"),
+        (["run", "hospitals", "train.lr=1"], 2, "train.learning_rate"),
+        (["tune", "smoke", "lora.rank=0"], 2, "lora.rank: found 0"),
+        (["data", "smoke", "train.proximal=-1e-3", "--out", "out"], 2, "train.proximal: found -0.001"),
+        (["data", "smoke", "odd", "=", "a=b=c", "--out", "out"], 2, "override 'odd'"),
+        (["data", "smoke", "data.directory=here", "--out", "out"], 2, "nothing to generate"),
+        (["data", "smoke"], 2, "--out"),
+        (["pretrain", "--steps", "0"], 2, "--steps"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    arguments: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = sim(*arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- data
+
+
+def test_data_writes_what_the_client_reads(tmp_path: Path) -> None:
+    out = tmp_path / "records"
+    result = sim("data", "smoke", "data.seed=5", "--out", str(out), "--json")
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert list(told["institutions"]) == ["riverside", "northgate", "lakeside"]
+    assert all(row["train"] == 16 for row in told["institutions"].values())
+    assert told["coordinator"]["test"] == 12
+
+    files = sorted(str(file) for file in (out / "riverside").glob("*.jsonl"))
+    read = json.loads(call(client.main.app, "data", *files, "--json").stdout)
+    assert [read["files"][file]["records"] for file in files] == [4, 16, 4]
+    assert read["people_in_several_files"] == 0
+
+
+def test_data_prints_a_table_of_counts(tmp_path: Path) -> None:
+    result = sim("data", "smoke", "--out", str(tmp_path))
+    assert "northgate" in result.stdout
+    assert "coordinator" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "nowhere.jsonl"), ("", "at least one record"), ('{"prompt": 1', "nowhere.jsonl:1")]
+)
+def test_the_client_names_file_and_line_of_what_it_cannot_read(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "nowhere.jsonl"
+    if content is not None:
+        file.write_text(content)
+    result = call(client.main.app, "data", str(file))
+    assert result.exit_code == 3
+    assert said in result.stderr
+
+
+# --- run, on an engine of the test's own
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Puts an engine in place of the real one that prints, then returns or raises what it is told; lists its calls."""
+
+    def install(result: dict[str, Any] | BaseException) -> list[Any]:
+        calls: list[Any] = []
+
+        def act(*arguments: Any) -> dict[str, Any]:
+            calls.append(arguments)
+            *_, directory, console = arguments
+            console.print("progress")
+            print("noise of a library")
+            if isinstance(result, BaseException):
+                directory.mkdir()
+                (directory / "config.yaml").touch()
+                raise result
+            return result
+
+        stand_in = ModuleType("simulations.run")
+        stand_in.run = stand_in.resume = act  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "simulations.run", stand_in)
+        monkeypatch.setattr(simulations, "run", stand_in, raising=False)
+        return calls
+
+    return install
+
+
+def test_run_hands_on_the_configuration_and_a_directory_of_its_name(engine: Callable[..., list[Any]]) -> None:
+    calls = engine({})
+    assert sim("run", "hospitals", "train.batch_size=3").exit_code == 0
+    ((config, directory, console),) = calls
+    assert isinstance(config, Config)
+    assert config.train.batch_size == 3
+    assert directory.parent == Path("runs")
+    assert directory.name.startswith("hospitals-2")
+    assert isinstance(console, Console)
+
+
+def test_options_may_stand_among_the_overrides(engine: Callable[..., list[Any]], tmp_path: Path) -> None:
+    calls = engine({})
+    assert sim("run", "hospitals", "seed=3", "--out", str(tmp_path), "train.batch_size=3").exit_code == 0
+    ((config, directory, _),) = calls
+    assert (config.seed, config.train.batch_size, directory) == (3, 3, tmp_path)
+
+
+def test_resume_needs_the_directory_alone(engine: Callable[..., list[Any]], tmp_path: Path) -> None:
+    calls = engine({})
+    assert sim("run", "--resume", str(tmp_path)).exit_code == 0
+    assert [arguments[0] for arguments in calls] == [tmp_path]
+
+
+def test_with_json_stdout_holds_the_result_and_nothing_else(engine: Callable[..., list[Any]]) -> None:
+    engine({"gap_closed": 0.5})
+    result = sim("run", "hospitals", "--json")
+    assert json.loads(result.stdout) == {"gap_closed": 0.5}
+    assert "progress" in result.stderr
+    assert "noise" in result.stderr
+
+
+def test_without_json_progress_goes_to_stdout(engine: Callable[..., list[Any]]) -> None:
+    engine({"gap_closed": 0.5})
+    result = sim("run", "hospitals")
+    assert "progress" in result.stdout
+    assert "gap_closed" not in result.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(engine: Callable[..., list[Any]], tmp_path: Path) -> None:
+    engine(KeyboardInterrupt())
+    out = tmp_path / "my run"
+    result = sim("run", "hospitals", "--out", str(out))
+    assert result.exit_code == 130
+    assert f"silotune-sim run --resume '{out}'" in result.stderr
+
+
+def test_a_run_that_stops_says_why(engine: Callable[..., list[Any]], tmp_path: Path) -> None:
+    engine(RunStopped("all institutions were void"))
+    result = sim("run", "hospitals", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 6
+    assert result.stderr == "error: all institutions were void\n"

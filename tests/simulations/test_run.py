@@ -1,0 +1,236 @@
+"""The main job on Flower's real engine: results, kills, faults, and what the disk says."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import config as configuration
+from common.evaluation import evaluate
+from common.models import load_adapter
+from server.coordinator import Bench, Observer, coordinate
+from simulations.institutions import virtual
+from simulations.layout import RunDirectory
+from simulations.members import InProcessMembers
+
+COMMAND = [str(Path(sys.executable).with_name("silotune-sim"))]
+ROUNDS = 4
+PLAIN = [f"federation.rounds={ROUNDS}", "compare.enabled=false"]
+
+
+def silotune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that nothing disturbs, with the comparison."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = silotune("run", "smoke", f"federation.rounds={ROUNDS}", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_the_summary_is_what_the_json_says_and_holds_every_promised_number(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = whole
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for arm in ("base", "local_best", "federated", "pooled"):
+        assert summary["everyone"][arm]["perplexity"] > 1
+        assert 0 <= summary["everyone"][arm]["accuracy"] <= 1
+    for name in summary["institutions"]:
+        for arm in ("local", "federated"):
+            assert summary["own"][name][arm]["perplexity"] > 1
+    assert set(summary["seconds"]) >= {"train", "aggregate", "evaluate", "total"}
+    up = summary["bytes_per_client_round"]["up"]
+    assert 4 * summary["parameters"]["adapter"] <= up <= 4 * summary["parameters"]["adapter"] + 200
+    local, federated, pooled = (
+        math.log(summary["everyone"][arm]["perplexity"]) for arm in ("local_best", "federated", "pooled")
+    )
+    if local - pooled > 1e-9:
+        assert summary["gap_closed"] == pytest.approx((local - federated) / (local - pooled))
+
+
+def test_training_helps(whole: tuple[Path, dict[str, Any]]) -> None:
+    everyone = whole[1]["everyone"]
+    assert everyone["federated"]["perplexity"] < everyone["base"]["perplexity"]
+
+
+def test_the_run_directory_is_complete(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = whole
+    rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in rounds] == list(range(1, ROUNDS + 1))
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in summary["institutions"])
+    assert str(out) not in page
+    assert configuration.load(str(out / "config.yaml")).federation.rounds == ROUNDS
+
+
+def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: tuple[Path, dict[str, Any]]) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from common.models import model_directory
+
+    out, summary = whole
+    base = AutoModelForCausalLM.from_pretrained(model_directory("embedded"))
+    stock = PeftModel.from_pretrained(base, out / "adapter").eval()
+    bench = Bench.of(configuration.load(str(out / "config.yaml")))
+    loss, tokens = 0.0, 0
+    with torch.inference_mode():
+        for example in bench.read(out / "data" / "coordinator" / "test.jsonl"):
+            ids = torch.tensor([example.ids])
+            losses = torch.nn.functional.cross_entropy(stock(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            loss += float(losses[example.prompt_tokens - 1 :].sum())
+            tokens += example.supervised
+    # One document at a time against packed rows: the same numbers up to float32 rounding.
+    assert math.exp(loss / tokens) == pytest.approx(summary["everyone"]["federated"]["perplexity"], rel=1e-4)
+
+
+def test_only_training_records_reach_an_institution_and_only_sums_the_coordinator(
+    whole: tuple[Path, dict[str, Any]],
+) -> None:
+    out, summary = whole
+    kept = b"".join(file.read_bytes() for file in out.glob("checkpoints/*")) + (out / "metrics.jsonl").read_bytes()
+    for name in summary["institutions"]:
+        (file,) = (out / "institutions" / name).glob("*/metrics.jsonl")
+        for line in file.read_text().splitlines():
+            assert str(json.loads(line)["train_loss"]).encode() not in kept
+
+
+def test_one_process_gives_the_same_adapter_as_the_engine(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    import torch
+
+    out, _ = whole
+    config = configuration.load(str(out / "config.yaml"))
+    (tmp_path / "data").symlink_to(out / "data")
+    place = RunDirectory(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.simulation.threads)
+    try:
+        members = InProcessMembers([virtual(config, place, name) for name in config.data.institutions])
+        coordinate(config, tmp_path, tmp_path / "data" / "coordinator" / "validation.jsonl", members, Observer())
+    finally:
+        torch.set_num_threads(threads)
+    assert weights(tmp_path) == weights(out)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [*COMMAND, "run", "smoke", *PLAIN, "simulation.actors=1", "--out", str(out)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _wait_for_a_round(out, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done_before = len((out / "metrics.jsonl").read_text().splitlines())
+    assert 1 <= done_before < ROUNDS
+    resumed = silotune("run", "--resume", out, "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["rounds_run"] == ROUNDS
+    # Another number of actors, a kill, and the same bytes.
+    assert weights(out) == weights(whole[0])
+
+
+def test_an_interrupt_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [*COMMAND, "run", "smoke", "federation.rounds=1000", "compare.enabled=false", "--out", str(out)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for_a_round(out, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {out}" in said
+    assert "Traceback" not in said
+
+
+def test_a_void_update_and_a_crash_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = silotune(
+        "run", "smoke", *PLAIN, "federation.rounds=1", "federation.min_cohort=2",
+        "simulation.faults=[riverside:nan,northgate:raise]", "--out", out, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["void_updates"] == 1
+    assert summary["refused"] == {"northgate": "internal_error"}
+    assert "4711" not in done.stdout + done.stderr
+    assert "4711" in (out / "institutions" / "northgate" / "client.log").read_text()
+
+
+def test_when_everybody_fails_the_run_stops_and_says_why(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = silotune(
+        "run", "smoke", *PLAIN, "simulation.faults=[riverside:raise,northgate:raise,lakeside:raise]", "--out", out
+    )
+    assert done.returncode == 6
+    assert "internal_error" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_records_written_by_data_can_be_used_as_they_are(tmp_path: Path) -> None:
+    assert silotune("data", "smoke", "--out", tmp_path / "data").returncode == 0
+    (tmp_path / "data" / "northgate" / "train.jsonl").write_text('{"prompt": "no completion", "person": "p"}\n')
+    done = silotune(
+        "run", "smoke", *PLAIN, "federation.min_cohort=3", f"data.directory={tmp_path / 'data'}", "--out", tmp_path / "run"
+    )
+    assert done.returncode == 6
+    assert "northgate: data_unreadable" in " ".join((done.stderr + done.stdout).split())
+    assert "train.jsonl:1" in (tmp_path / "run" / "institutions" / "northgate" / "client.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["run", "smoke", "model.path=/nowhere", "--out", "OUT"], 4, "/nowhere"),
+        (["run", "smoke", "data.directory=/nowhere", "--out", "OUT"], 3, "/nowhere"),
+        (["run", "smoke", "--out", "/proc/silotune"], 5, "/proc/silotune"),
+        (["run", "--resume", "OUT"], 2, "config.yaml"),
+    ],
+)
+def test_bad_input_is_refused_in_words(arguments: list[str], code: int, says: str, tmp_path: Path) -> None:
+    done = silotune(*(argument.replace("OUT", str(tmp_path / "run")) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert says in "".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def _wait_for_a_round(out: Path, process: subprocess.Popen[Any]) -> None:
+    end = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None, "the run ended before its first round"
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_evaluation_of_the_published_adapter_is_that_of_the_best_round(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = whole
+    config = configuration.load(str(out / "config.yaml"))
+    bench = Bench.of(config)
+    bench.model.write(load_adapter(out / "adapter"))
+    scores = evaluate(bench.model, bench.read(out / "data" / "coordinator" / "validation.jsonl"))
+    rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    best = rounds[summary["best_round"] - 1]["validation"]["perplexity"]
+    assert best == min(record["validation"]["perplexity"] for record in rounds)
+    assert scores.perplexity == pytest.approx(best, rel=1e-6)

@@ -1,0 +1,35 @@
+"""Every YAML file under configs/ loads through the real loader, and says what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.config import configs_dir, load
+
+FILES = sorted(configs_dir().rglob("*.y*ml"))
+
+
+def test_the_files_are_found() -> None:
+    assert [file.relative_to(configs_dir()).as_posix() for file in FILES] == [
+        "banks.yaml",
+        "hospitals.yaml",
+        "smoke.yaml",
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_loads_and_is_named_as_its_file(file: Path) -> None:
+    config = load(str(file))
+    assert config.name == file.stem
+    assert load(file.relative_to(configs_dir()).with_suffix("").as_posix()) == config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_head_says_what_it_is_for_how_it_is_run_and_what_it_costs(file: Path) -> None:
+    head = file.read_text().partition("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in head)
+    assert any(line.startswith("# For: ") for line in head)
+    assert f"# Command: silotune-sim run {file.stem}" in head
+    assert any(line.startswith("# Cost: ") for line in head)
