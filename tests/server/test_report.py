@@ -15,19 +15,9 @@ from rich.console import Console
 
 from common.errors import StorageError
 from server import charts
-from server.report import (
-    Comparison,
-    Score,
-    bytes_text,
-    gap_text,
-    percent_change_text,
-    perplexity_text,
-    render,
-    seconds_text,
-    tables,
-    verdict,
-    without_paths,
-)
+from server.report import render, tables
+from server.results import Comparison, Score, without_paths
+from server.verdict import bytes_text, gap_text, percent_change_text, perplexity_text, seconds_text, verdict
 
 CONFIG = "name: hospitals\nmodel:\n  path: embedded\n"
 
