@@ -50,7 +50,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _tell("interrupted; nothing is kept, run the same command again")
+            _tell("interrupted; run the same command again")
             raise typer.Exit(INTERRUPTED) from None
         except Interrupted as error:
             _tell(str(error))

@@ -31,7 +31,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048
 HIDDEN, LAYERS, HEADS, INTERMEDIATE, POSITIONS = 192, 4, 6, 512, 512
 
-STEPS = 1500
+STEPS = 1600
 BATCH = 32
 _PEAK_RATE, _FINAL_SHARE, _WARMUP_STEPS = 3e-3, 0.05, 50
 _MAX_GRAD_NORM = 1.0
@@ -264,6 +264,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
             tokenizer.save_pretrained(scratch)
             digest = hashlib.sha256((Path(scratch) / WEIGHTS_FILE).read_bytes()).hexdigest()
             for file in sorted(Path(scratch).iterdir()):
+                file.chmod(0o644)  # safetensors makes files that only their owner may read
                 shutil.move(file, out / file.name)
     except OSError as error:
         raise StorageError(f"cannot write the model to {out}: {error.strerror}; choose another --out") from error

@@ -190,9 +190,9 @@ def _glossary(rng: Random) -> Document:
 
 
 _MIX: tuple[tuple[Callable[[Random], Document], float], ...] = (
-    (_narrative, 0.12),
+    (_narrative, 0.1),
     (_clues, 0.28),
     (_form, 0.25),
     (_reading, 0.25),
-    (_glossary, 0.10),
+    (_glossary, 0.12),
 )

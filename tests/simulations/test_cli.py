@@ -212,6 +212,70 @@ def test_the_client_names_file_and_line_of_what_it_cannot_read(content: str | No
     assert said in result.stderr
 
 
+# --- report
+
+
+SUMMARY: dict[str, Any] = {
+    "name": "hospitals", "method": "fedavg", "seed": 7, "rounds_run": 0, "rounds_planned": 3, "best_round": 0,
+    "stopped_early": False, "institutions": ["riverside"], "refused": {},
+    "everyone": {name: {"perplexity": 9.5, "accuracy": None} for name in ("base", "federated")},
+    "own": {"riverside": {name: {"perplexity": 8.5, "accuracy": None} for name in ("base", "federated")}},
+    "gap_closed": None, "bytes_per_client_round": {"up": 10, "down": 20},
+    "parameters": {"base": 100, "adapter": 10}, "void_updates": 0,
+    "seconds": {"train": 1.0, "aggregate": 0.4, "evaluate": 2.0, "total": 4.0},
+    "privacy": {"secure_aggregation": False, "mode": "none"},
+    "base_model": {"name": "embedded", "config": "3f" * 32, "weights": "a9" * 32, "tokenizer": "0c" * 32},
+    "versions": {"silotune": "0.1.0"}, "started": "2026-11-23T18:00:00+00:00",
+}  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text("name: hospitals\n")
+    return tmp_path
+
+
+def report(*arguments: str | Path) -> Result:
+    return call(server.main.app, "report", *map(str, arguments))
+
+
+def test_report_writes_the_page_and_prints_the_tables(finished: Path) -> None:
+    result = report(finished)
+    assert result.exit_code == 0
+    assert "riverside" in result.stdout
+    assert "riverside" in (finished / "report.html").read_text()
+
+
+def test_report_goes_where_it_is_told(finished: Path) -> None:
+    page = finished / "other.html"
+    result = report(finished, "--out", page, "--json")
+    assert json.loads(result.stdout) == {"report": str(page), "summary": SUMMARY}
+    assert page.is_file()
+    assert not (finished / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("summary.json", None, "a run that has ended"),
+        ("summary.json", "{", "summary.json: not JSON"),
+        ("summary.json", "{}", "everyone"),
+        ("metrics.jsonl", "{}\n[1]\n", "metrics.jsonl:2: expected a JSON object, found list"),
+        ("config.yaml", None, "config.yaml"),
+    ],
+)
+def test_report_names_what_it_cannot_read(file: str, content: str | None, said: str, finished: Path) -> None:
+    (finished / file).unlink()
+    if content is not None:
+        (finished / file).write_text(content)
+    result = report(finished)
+    assert result.exit_code == 5
+    assert said in result.stderr
+    assert not (finished / "report.html").exists()
+
+
 # --- run, on an engine of the test's own
 
 

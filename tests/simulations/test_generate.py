@@ -39,14 +39,14 @@ CONFIGS = {
     "hospitals": DataConfig(
         generator="hospitals",
         institutions=["riverside", "northgate", "stmary", "lakeview"],
-        train_records=[170, 140, 110, 90],
+        train_records=[200, 160, 130, 110],
         own_records=40,
         central_records=120,
     ),
     "banks": DataConfig(
         generator="banks",
         institutions=["harbour", "mercantile", "valley", "union"],
-        train_records=[170, 140, 110, 90],
+        train_records=[200, 160, 130, 110],
         own_records=40,
         central_records=120,
     ),
