@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import StorageError
-from common.files import write_atomically
+from common.files import write_bytes
 
-_KEPT_ROUNDS = 2  # the last complete round, and the one before it in case the coordinator has to repeat one
+# The round under way, the last complete one, and the one before it: a coordinator whose newest checkpoint is damaged
+# goes back to the one before and repeats a round that was complete.
+_KEPT_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,19 @@ class StateStore:
         return self._read(self._file(earlier[-1])) if earlier else LocalState()
 
     def save(self, round_number: int, state: LocalState) -> None:
-        """Keeps the state after `round_number`; drops what no repeat can need."""
-        from safetensors.numpy import save_file
+        """Keeps the state after `round_number`; drops what no repeat can need, and later rounds, which it undoes.
+
+        Raises StorageError when the disk is full or read-only; the states before stay.
+        """
+        from safetensors.numpy import save
 
         tensors = {f"first/{key}": value for key, value in state.first.items()}
         tensors |= {f"second/{key}": value for key, value in state.second.items()}
         about = {"rounds": str(state.rounds), "position": str(state.position), "steps": str(state.steps)}
-        write_atomically(self._file(round_number), lambda partial: save_file(tensors, partial, metadata=about))
-        for number in self._saved_rounds()[:-_KEPT_ROUNDS]:
+        write_bytes(self._file(round_number), save(tensors, metadata=about))
+        saved = self._saved_rounds()
+        needed = [number for number in saved if number <= round_number][-_KEPT_ROUNDS:]
+        for number in set(saved) - set(needed):
             self._file(number).unlink(missing_ok=True)
 
     def _read(self, file: Path) -> LocalState:
@@ -68,14 +75,15 @@ class StateStore:
 
         try:
             with safe_open(file, framework="np") as tensors:
-                about = tensors.metadata()
+                about = tensors.metadata() or {}
                 arrays = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
+            rounds, position, steps = (int(about[name]) for name in ("rounds", "position", "steps"))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StorageError(f"local state {file} cannot be read: {error}; restore it or start a new run") from error
         return LocalState(
-            rounds=int(about["rounds"]),
-            position=int(about["position"]),
-            steps=int(about["steps"]),
+            rounds=rounds,
+            position=position,
+            steps=steps,
             first={key.removeprefix("first/"): value for key, value in arrays.items() if key.startswith("first/")},
             second={key.removeprefix("second/"): value for key, value in arrays.items() if key.startswith("second/")},
         )

@@ -6,6 +6,7 @@ Notation: A is [r, d_in], B is [d_out, r], the update of a linear layer is (alph
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -43,9 +44,10 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and bytes: equal exactly when the adapters are equal bit for bit."""
-        sha = hashlib.sha256()
-        for key, factor in self.factors.items():
-            sha.update(f"{key}{factor.shape}".encode())
+        # All names and shapes first: they fix where every byte after them belongs, whatever a name may hold.
+        names = [[key, factor.shape] for key, factor in self.factors.items()]
+        sha = hashlib.sha256(json.dumps(names).encode())
+        for factor in self.factors.values():
             sha.update(factor.astype("<f4").tobytes())
         return sha.hexdigest()
 

@@ -16,11 +16,14 @@ from common.errors import StorageError
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turns what the operating system says of `path` into a StorageError with a remedy."""
+    from safetensors import SafetensorError  # how safetensors tells of a full disk
+
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}. Free space or choose a writable directory, then resume; "
+            f"cannot write {path}: {said}. Free space or choose a writable directory, then resume; "
             "everything up to the last complete round is kept."
         ) from error
 
@@ -71,10 +74,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a directory beside `path`, syncs its files and renames it onto `path`, replacing it whole."""
+    """Lets `write` fill a directory beside `path`, syncs its files and renames it onto `path`, replacing it whole.
+
+    A directory cannot be renamed onto another, so the old one steps aside first. Killed just between the two renames,
+    neither stands under its name: the next `write_directory` puts the old one back before it begins.
+    """
     partial = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -83,19 +94,27 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
             _sync_directory(partial)
-            if path.exists():
-                shutil.rmtree(path)
+            if path.is_dir():
+                path.rename(old)
             partial.rename(path)
             _sync_directory(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends one line and syncs it to disk."""
+    """Appends one line and syncs it to disk. Raises StorageError when there is no room; no part of the line stays."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        with path.open("ab", buffering=0) as handle:
+            size = handle.tell()
+            data = (line + "\n").encode()
+            try:
+                written = 0
+                while written < len(data):
+                    written += handle.write(data[written:])
+                os.fsync(handle.fileno())
+            except OSError:
+                os.ftruncate(handle.fileno(), size)
+                raise

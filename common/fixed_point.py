@@ -40,7 +40,7 @@ class Layout:
     parameters: m, elements of the update. members: n, the most institutions that can be in the sum.
     clip: largest absolute value of an element. bits: of a quantised element, sign included. weight_bits: of a weight.
 
-    Raises ConfigError when the sum of n vectors does not fit the ring.
+    Raises ConfigError for a form that cannot be meant, and when the sum of n vectors does not fit the ring.
     """
 
     parameters: int
@@ -51,6 +51,13 @@ class Layout:
     counters: tuple[str, ...] = field(default=COUNTERS)
 
     def __post_init__(self) -> None:
+        if self.parameters < 0 or self.members < 1 or self.bits < 2 or self.weight_bits < 1:
+            raise ConfigError(
+                "quantise: expected at least 0 parameters, 1 institution, 2 bits an element and 1 bit of weight, found "
+                f"{self.parameters}, {self.members}, {self.bits} and {self.weight_bits}"
+            )
+        if not (self.clip > 0 and math.isfinite(self.clip) and math.isfinite(self.levels / self.clip)):
+            raise ConfigError(f"quantise.clip: expected a finite number above 0, found {self.clip}")
         needed = self.bits + self.weight_bits + self.member_bits
         if needed > RING_BITS:
             raise ConfigError(
@@ -61,7 +68,7 @@ class Layout:
     @property
     def member_bits(self) -> int:
         """Bits by which a sum of n terms is longer than a term."""
-        return max(1, math.ceil(math.log2(max(self.members, 1))))
+        return max(1, (self.members - 1).bit_length())
 
     @property
     def levels(self) -> int:
@@ -104,7 +111,8 @@ def quantise(values: Vector, layout: Layout, rng: np.random.Generator) -> NDArra
 
     Zero stays exactly zero. Values must be finite.
     """
-    scaled = np.clip(values.astype(np.float64), -layout.clip, layout.clip) * (layout.levels / layout.clip)
+    # Clipped after scaling: a product of clip and levels / clip may come out just above levels.
+    scaled = np.clip(values.astype(np.float64) * (layout.levels / layout.clip), -layout.levels, layout.levels)
     low = np.floor(scaled)
     return (low + (rng.random(scaled.shape) < scaled - low)).astype(np.int64)
 
@@ -194,9 +202,9 @@ class Decoded:
 
 
 def decode(total: Ring, layout: Layout) -> Decoded:
-    """Reads a sum of at most `layout.members` vectors."""
-    if total.shape != (layout.length,):
-        raise ConfigError(f"expected a sum of {layout.length} elements, found {total.shape}")
+    """Reads a sum of at most `layout.members` vectors. Raises ConfigError for one of a wrong length or type."""
+    if total.shape != (layout.length,) or total.dtype != np.uint32:
+        raise ConfigError(f"expected a sum of {layout.length} elements of uint32, found {total.shape} of {total.dtype}")
     signed = total[: layout.parameters].view(np.int32).astype(np.float64)
     limbs = total[layout.parameters :].reshape(len(layout.counters), layout.limbs)
     counters = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -207,7 +208,10 @@ def load(path: str, lora: LoraConfig, seed: int) -> LoraModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft_model = get_peft_model(base, peft_config(lora, path))
+            with warnings.catch_warnings():
+                # PEFT reads a flag that transformers has renamed, and says so at every load.
+                warnings.simplefilter("ignore", FutureWarning)
+                peft_model = get_peft_model(base, peft_config(lora, str(directory)))
         except ValueError as error:
             raise ModelError(f"lora.target_modules: {error}") from error
     return LoraModel(peft_model.eval(), tokenizer, lora, path)

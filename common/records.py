@@ -37,7 +37,8 @@ def read_jsonl(path: Path) -> tuple[Record, ...]:
     without a completion or a person, or a field that is not text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Lines end at a line feed only: str.splitlines would also cut at U+2028 and others, which JSON allows in a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a jsonl file, found none; `silotune-sim data` writes one per set") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -51,7 +52,7 @@ def read_jsonl(path: Path) -> tuple[Record, ...]:
 def _parse(line: str, where: str) -> Record:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected a JSON object, found a line that is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(found).__name__}")
@@ -62,6 +63,9 @@ def _parse(line: str, where: str) -> Record:
     for name in ("prompt", "kind"):
         if not isinstance(values[name], str):
             raise DataError(f"{where}: expected text in `{name}`, found {type(values[name]).__name__}")
+    for name, value in values.items():
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{where}: expected text in `{name}`, found half of a surrogate pair (\\ud800 to \\udfff)")
     return Record(**values)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from common import config as configuration
+from common import config_files
 from common.adapter import Adapter
 from common.config import Config
 from common.errors import RunStopped
@@ -78,7 +78,7 @@ class Bench:
 
 def run_name(config: Config) -> str:
     """The run's name: the same for the same configuration, so that a resumed run keeps its own."""
-    return f"{config.name}-{configuration.digest(config)[:12]}"
+    return f"{config.name}-{config_files.digest(config)[:12]}"
 
 
 def coordinate(
@@ -91,8 +91,8 @@ def coordinate(
     """
     bench = bench or Bench.of(config)
     examples = bench.read(validation)
-    digest = configuration.digest(config)
-    write_text(directory / "config.yaml", configuration.to_yaml(config))
+    digest = config_files.digest(config)
+    write_text(directory / "config.yaml", config_files.to_yaml(config))
     progress = checkpoints.latest(directory / "checkpoints", digest)
     if progress is None:
         start = bench.model.read()

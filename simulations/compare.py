@@ -93,7 +93,7 @@ def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path |
 
 
 def gap_closed(local_best: float, federated: float, pooled: float) -> float | None:
-    """(log local - log federated) / (log local - log pooled); None when pooling gains nothing, so that no gap exists."""
+    """(log local - log federated) / (log local - log pooled); None when pooling gains nothing: no gap to close."""
     gap = math.log(local_best) - math.log(pooled)
     return (math.log(local_best) - math.log(federated)) / gap if gap > 1e-9 else None
 

@@ -56,7 +56,11 @@ def simulate(config: Config, directory: RunDirectory, coordinate: Callable[[Flow
             num_supernodes=len(config.data.institutions),
             backend_config={
                 "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
-                "init_args": {"num_cpus": config.simulation.actors * threads, "include_dashboard": False},
+                "init_args": {
+                    "num_cpus": config.simulation.actors * threads,
+                    "include_dashboard": False,
+                    "log_to_driver": False,
+                },
             },
         )
     if stop.is_set():

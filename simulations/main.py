@@ -136,9 +136,9 @@ def main() -> None:
 
 
 def _load(name_or_path: str, overrides: list[str] | None) -> Config:
-    from common import config
+    from common import config_files
 
-    return config.load(name_or_path, overrides or ())
+    return config_files.load(name_or_path, overrides or ())
 
 
 def _new_directory(name: str) -> Path:

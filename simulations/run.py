@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common import config as configuration
+from common import config_files
 from common.config import Config
 from common.errors import ConfigError, DataError, RunStopped
 from common.files import storage_errors, write_json, write_text
@@ -44,7 +44,7 @@ def run(config: Config, out: Path, console: Console) -> dict[str, Any]:
     with storage_errors(directory.root):
         directory.root.mkdir(parents=True, exist_ok=True)
     _write_records(config, directory)
-    write_text(directory.root / "config.yaml", configuration.to_yaml(config))
+    write_text(directory.root / "config.yaml", config_files.to_yaml(config))
     write_json(directory.root / "started.json", {"started": datetime.now(UTC).isoformat(timespec="seconds")})
     return _go_on(config, directory, console)
 
@@ -59,7 +59,7 @@ def resume(directory: Path, console: Console) -> dict[str, Any]:
     file = found.root / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{directory}: expected the directory of a run, found no config.yaml in it")
-    return _go_on(configuration.load(str(file)), found, console)
+    return _go_on(config_files.load(str(file)), found, console)
 
 
 def _write_records(config: Config, directory: RunDirectory) -> None:
@@ -101,7 +101,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     summary = _summary(config, directory, bench, outcome, base, federated, arms, seconds)
     write_json(directory.root / "summary.json", summary)
     rounds = [record_as_json(record) for record in outcome.progress.history]
-    write_text(directory.root / "report.html", report.render(summary, rounds, configuration.to_yaml(config)))
+    write_text(directory.root / "report.html", report.render(summary, rounds, config_files.to_yaml(config)))
     console.print(report.tables(summary))
     console.print(f"report: {directory.root / 'report.html'}")
     return summary

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import configs_dir, load
+from common.config_files import configs_dir, load
 
 FILES = sorted(configs_dir().rglob("*.y*ml"))
 

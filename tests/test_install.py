@@ -66,7 +66,7 @@ def test_the_embedded_model_stays_small() -> None:
 
 
 def test_configurations_are_found_by_name(installed: Installed) -> None:
-    code = "from common import config; print(config.configs_dir()); print(config.load('hospitals').name)"
+    code = "from common.config_files import configs_dir, load; print(configs_dir()); print(load('hospitals').name)"
     assert installed.call(sys.executable, "-c", code).split() == [str(installed.site / "common/configs"), "hospitals"]
 
 

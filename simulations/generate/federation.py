@@ -114,16 +114,21 @@ def generate(data: DataConfig) -> Federation:
 def topic_mixes(domain: Domain, data: DataConfig) -> dict[str, dict[str, float]]:
     """Each institution's share of every topic; sums to 1, at least FLOOR / topics each.
 
-    The shares are one Dirichlet draw an institution (Hsu et al. 2019, section 2). Which topic gets the largest is
-    not left to chance: it is the one the institutions before it, weighted by size, have least of, so that different
-    institutions are strong in different topics and nothing is rare everywhere.
+    The shares are one Dirichlet draw an institution (Hsu et al. 2019, section 2). Which topic gets which share is not
+    left to chance: the larger ones go to topics that the institutions before, weighted by size, have least of, and
+    the largest to one that is nobody's strongest yet, as long as there is such a topic. So different institutions are
+    strong in different topics and nothing is rare everywhere.
     """
     rng = _generator(data.seed, "mixes")
     seen = dict.fromkeys((domain.topics[i] for i in rng.permutation(len(domain.topics))), 0.0)
+    strongest: set[str] = set()
     mixes: dict[str, dict[str, float]] = {}
     for name, count in zip(data.institutions, data.train_records, strict=True):
         drawn = sorted(rng.dirichlet([data.dirichlet] * len(seen)), reverse=True)
         rarest_first = sorted(seen, key=lambda topic: seen[topic])
+        leading = next((topic for topic in rarest_first if topic not in strongest), rarest_first[0])
+        strongest.add(leading)
+        rarest_first.sort(key=lambda topic: topic != leading)  # stable: the others keep their order
         mix = {
             topic: float(FLOOR / len(seen) + (1 - FLOOR) * share)
             for topic, share in zip(rarest_first, drawn, strict=True)

@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import (
-    AGREEMENTS,
-    RULES,
     ArmConfig,
     CompareConfig,
     Config,
@@ -25,13 +23,9 @@ from common.config import (
     ServerOptimizerConfig,
     SimulationConfig,
     TrainConfig,
-    configs_dir,
-    digest,
-    load,
-    parse,
-    to_yaml,
-    validate,
 )
+from common.config_files import configs_dir, digest, load, parse, to_yaml, validate
+from common.config_rules import AGREEMENTS, RULES
 from common.errors import ConfigError
 
 SMALLEST = "data: {institutions: [a, b], train_records: [3, 4]}"

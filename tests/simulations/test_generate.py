@@ -79,13 +79,17 @@ def leaks(made: Federation) -> list[str]:
     ]
 
 
+@cache
+def wordings_of(name: str) -> tuple[re.Pattern[str], dict[str, Cue]]:
+    """A pattern that finds every wording of every cue, and the cue each wording means."""
+    meant = {wording: cue for cue in DOMAINS[name].cues() for wording in cue.wordings}
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, meant))})(?!\w)"), meant
+
+
 def stated_cues(domain: Domain, prompt: str) -> frozenset[str]:
     """Cues found in a prompt by their wordings alone, knowing nothing of how it was made."""
-    return frozenset(
-        cue.name
-        for cue in domain.cues()
-        if any(re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", prompt) for wording in cue.wordings)
-    )
+    pattern, meant = wordings_of(domain.name)
+    return frozenset(meant[found].name for found in pattern.findall(prompt))
 
 
 @pytest.mark.parametrize(("name", "seed"), SHIPPED)
@@ -175,39 +179,38 @@ def nearest_document(texts: list[str], documents: Iterable[str]) -> float:
 def association(domain: Domain, texts: Iterable[str]) -> tuple[float, float]:
     """How far cues and outcomes are from independence in texts that mention both.
 
-    Returns the chi-square statistic of the cue x outcome table, standardised (0 +- 1 when independent), and the share
-    of cue and outcome mentions that obey the rule over the share expected of independent ones (1 when independent).
+    Returns two figures that are 0 +- 1 when independent: the standardised chi-square statistic of the cue x outcome
+    table, and the count of mentions that obey the rule less its expectation, over the latter's root (Poisson).
     """
     cues, outcomes = domain.cues(), domain.outcomes
-    finder = {wording: i for i, cue in enumerate(cues) for wording in cue.wordings}
-    pattern = re.compile("|".join(sorted(map(re.escape, finder), key=len, reverse=True)))
+    position = {cue: i for i, cue in enumerate(cues)}
+    pattern, meant = wordings_of(domain.name)
     # The outcome is named in an answer by its name or by the action that follows from it.
     answers = {word: j for j, o in enumerate(outcomes) for word in (o.name, o.action)}
     answer = re.compile("|".join(sorted(map(re.escape, answers), key=len, reverse=True)))
     table = np.zeros((len(cues), len(outcomes)))
     for text in texts:
         for j in {answers[found] for found in answer.findall(text)}:
-            for i in {finder[found] for found in pattern.findall(text)}:
+            for i in {position[meant[found]] for found in pattern.findall(text)}:
                 table[i, j] += 1
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
     freedom = (len(cues) - 1) * (len(outcomes) - 1)
     chi_square = ((table - expected) ** 2 / expected).sum()
     rule = np.array([[cue in outcome.cues for outcome in outcomes] for cue in cues])
-    return float((chi_square - freedom) / np.sqrt(2 * freedom)), float(table[rule].sum() / expected[rule].sum())
+    obeying = table[rule].sum(), expected[rule].sum()
+    return float((chi_square - freedom) / np.sqrt(2 * freedom)), float((obeying[0] - obeying[1]) / np.sqrt(obeying[1]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_pretraining_text_does_not_know_the_rules(name: str) -> None:
     domain = DOMAINS[name]
-    deviation, lift = association(domain, pretraining_documents())
-    # Five standard errors; several mentions in one text make the statistic somewhat wider than 1.
-    assert abs(deviation) < 5
-    assert 0.85 < lift < 1.15
-    # A hundred planted sentences that tell the rule, in tens of thousands, are noticed.
+    any_pattern, rule = association(domain, pretraining_documents())
+    # Five standard errors; several mentions in one document make the figures somewhat wider than 1.
+    assert abs(any_pattern) < 5
+    assert abs(rule) < 5
+    # The rules told twice each among tens of thousands of documents are noticed.
     told = [f"{cue.name} means {outcome.name}" for outcome in domain.outcomes for cue in outcome.cues]
-    deviation, lift = association(domain, [*pretraining_documents(), *told, *told, *told])
-    assert deviation > 5
-    assert lift > 1.2
+    assert association(domain, [*pretraining_documents(), *told, *told])[1] > 5
 
 
 @pytest.mark.parametrize("name", CONFIGS)

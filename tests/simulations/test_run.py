@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from common import config as configuration
+from common import config_files
 from common.evaluation import evaluate
 from common.models import load_adapter
 from server.coordinator import Bench, Observer, coordinate
@@ -73,7 +73,7 @@ def test_the_run_directory_is_complete(whole: tuple[Path, dict[str, Any]]) -> No
     page = (out / "report.html").read_text()
     assert all(name in page for name in summary["institutions"])
     assert str(out) not in page
-    assert configuration.load(str(out / "config.yaml")).federation.rounds == ROUNDS
+    assert config_files.load(str(out / "config.yaml")).federation.rounds == ROUNDS
 
 
 def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -86,12 +86,13 @@ def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: t
     out, summary = whole
     base = AutoModelForCausalLM.from_pretrained(model_directory("embedded"))
     stock = PeftModel.from_pretrained(base, out / "adapter").eval()
-    bench = Bench.of(configuration.load(str(out / "config.yaml")))
+    bench = Bench.of(config_files.load(str(out / "config.yaml")))
     loss, tokens = 0.0, 0
     with torch.inference_mode():
         for example in bench.read(out / "data" / "coordinator" / "test.jsonl"):
             ids = torch.tensor([example.ids])
-            losses = torch.nn.functional.cross_entropy(stock(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            logits = stock(input_ids=ids).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
             loss += float(losses[example.prompt_tokens - 1 :].sum())
             tokens += example.supervised
     # One document at a time against packed rows: the same numbers up to float32 rounding.
@@ -113,7 +114,7 @@ def test_one_process_gives_the_same_adapter_as_the_engine(whole: tuple[Path, dic
     import torch
 
     out, _ = whole
-    config = configuration.load(str(out / "config.yaml"))
+    config = config_files.load(str(out / "config.yaml"))
     (tmp_path / "data").symlink_to(out / "data")
     place = RunDirectory(tmp_path)
     threads = torch.get_num_threads()
@@ -190,11 +191,10 @@ def test_when_everybody_fails_the_run_stops_and_says_why(tmp_path: Path) -> None
 
 
 def test_records_written_by_data_can_be_used_as_they_are(tmp_path: Path) -> None:
-    assert silotune("data", "smoke", "--out", tmp_path / "data").returncode == 0
-    (tmp_path / "data" / "northgate" / "train.jsonl").write_text('{"prompt": "no completion", "person": "p"}\n')
-    done = silotune(
-        "run", "smoke", *PLAIN, "federation.min_cohort=3", f"data.directory={tmp_path / 'data'}", "--out", tmp_path / "run"
-    )
+    records = tmp_path / "data"
+    assert silotune("data", "smoke", "--out", records).returncode == 0
+    (records / "northgate" / "train.jsonl").write_text('{"prompt": "no completion", "person": "p"}\n')
+    done = silotune("run", "smoke", *PLAIN, f"data.directory={records}", "--out", tmp_path / "run")
     assert done.returncode == 6
     assert "northgate: data_unreadable" in " ".join((done.stderr + done.stdout).split())
     assert "train.jsonl:1" in (tmp_path / "run" / "institutions" / "northgate" / "client.log").read_text()
@@ -226,7 +226,7 @@ def _wait_for_a_round(out: Path, process: subprocess.Popen[Any]) -> None:
 
 def test_evaluation_of_the_published_adapter_is_that_of_the_best_round(whole: tuple[Path, dict[str, Any]]) -> None:
     out, summary = whole
-    config = configuration.load(str(out / "config.yaml"))
+    config = config_files.load(str(out / "config.yaml"))
     bench = Bench.of(config)
     bench.model.write(load_adapter(out / "adapter"))
     scores = evaluate(bench.model, bench.read(out / "data" / "coordinator" / "validation.jsonl"))

@@ -1,0 +1,209 @@
+"""The rules: which values of a configuration can be meant.
+
+One rule a field, and agreements between fields; `impossible` tells all that is broken at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.fixed_point import RING_BITS
+from common.methods import METHODS
+
+GENERATORS = ("hospitals", "banks")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one field allows, in words for the user and as a test on a value that has the field's type."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What several fields must satisfy together.
+
+    keys: their values are the arguments of `holds` and `mistake`; skipped when one of them is itself a mistake.
+    mistake: what is wrong and what to do, in one line that starts with the key to change.
+    """
+
+    keys: tuple[str, ...]
+    holds: Callable[..., bool]
+    mistake: Callable[..., str]
+
+
+def _whole(least: int, most: int | None = None) -> Rule:
+    limit = f"of at least {least}" if most is None else f"from {least} to {most}"
+    return Rule(f"a whole number {limit}", lambda value: value >= least and (most is None or value <= most))
+
+
+_SEED = Rule("a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+_TRUTH = Rule("true or false", lambda value: True)
+_POSITIVE = Rule("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
+_NOT_NEGATIVE = Rule("a finite number of at least 0", lambda value: math.isfinite(value) and value >= 0)
+_SHARE = Rule("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_SHARE_NOT_ZERO = Rule("a number above 0, at most 1", lambda value: 0 < value <= 1)
+_SHARE_NOT_ONE = Rule("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
+
+
+def _one_of(*names: str) -> Rule:
+    return Rule(f"{', '.join(names[:-1])} or {names[-1]}", lambda value: value in names)
+
+
+def _distinct(names: Sequence[str], pattern: str) -> bool:
+    return len(set(names)) == len(names) and all(re.fullmatch(pattern, name) for name in names)
+
+
+_NAME = r"[a-z0-9][a-z0-9_-]*"
+
+RULES: dict[str, Rule] = {
+    "name": Rule(
+        "letters, digits, dot, - and _, a letter or digit first (it names the run's directory)",
+        lambda name: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+    ),
+    "seed": _SEED,
+    "model.path": Rule("embedded, or a local directory", lambda path: bool(path.strip()) and "${" not in path),
+    "lora.rank": _whole(1),
+    "lora.alpha": _POSITIVE,
+    "lora.dropout": _SHARE_NOT_ONE,
+    "lora.target_modules": Rule(
+        "different names of linear layers, such as q_proj, v_proj; or all-linear by itself",
+        lambda names: names == ["all-linear"] or (len(names) > 0 and _distinct(names, r"(?!all-linear$)[\w.-]+")),
+    ),
+    "data.generator": Rule("hospitals or banks; or empty, with data.directory", lambda name: name in ("", *GENERATORS)),
+    "data.directory": Rule(
+        "a directory, or empty to generate the records", lambda path: path == path.strip() and "${" not in path
+    ),
+    "data.institutions": Rule(
+        "at least one name, all different, of a-z, 0-9, - and _, a letter or digit first; `coordinator` is taken",
+        lambda names: len(names) > 0 and "coordinator" not in names and _distinct(names, _NAME),
+    ),
+    "data.train_records": Rule(
+        "whole numbers of at least 1, one for each institution", lambda counts: all(count >= 1 for count in counts)
+    ),
+    "data.own_records": _whole(1),
+    "data.central_records": _whole(1),
+    "data.dirichlet": Rule("a number from 0.01 to 1e6", lambda value: 0.01 <= value <= 1e6),  # numpy's draw underflows
+    "data.seed": _SEED,
+    "train.passes_per_round": _POSITIVE,
+    "train.batch_size": _whole(1),
+    "train.learning_rate": _POSITIVE,
+    "train.warmup": _SHARE,
+    "train.final_rate": _SHARE,
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.max_grad_norm": _POSITIVE,
+    "train.optimizer_state": _one_of("keep", "reset"),
+    "train.proximal": _NOT_NEGATIVE,
+    "train.max_tokens": _whole(2),
+    "federation.rounds": _whole(1),
+    "federation.method": _one_of(*METHODS),
+    "federation.weighting": _one_of("records", "uniform"),
+    "federation.weight_unit": _whole(1),
+    "federation.fraction": _SHARE_NOT_ZERO,
+    "federation.min_cohort": _whole(2),  # The sum over one institution is that institution's update.
+    "federation.timeout_s": _POSITIVE,
+    "federation.server_optimizer.name": _one_of("fedavg", "fedavgm", "fedadam"),
+    "federation.server_optimizer.learning_rate": _POSITIVE,
+    "federation.server_optimizer.momentum": _SHARE_NOT_ONE,
+    "federation.server_optimizer.beta2": _SHARE_NOT_ONE,
+    "federation.server_optimizer.epsilon": _POSITIVE,
+    "quantise.clip": _POSITIVE,
+    "quantise.bits": _whole(2, RING_BITS - 2),
+    "quantise.weight_bits": _whole(1, RING_BITS - 3),
+    "evaluation.every": _whole(1),
+    "evaluation.exact": Rule(
+        "different kinds of record, such as coding; or none", lambda kinds: _distinct(kinds, r"[^,$\s]+")
+    ),
+    "evaluation.patience": _whole(0),
+    "evaluation.institutions": _TRUTH,
+    "compare.enabled": _TRUTH,
+    "compare.local.batch_size": _whole(1),
+    "compare.local.learning_rate": _POSITIVE,
+    "compare.pooled.batch_size": _whole(1),
+    "compare.pooled.learning_rate": _POSITIVE,
+    "tune.batch_sizes": Rule(
+        "at least one whole number of at least 1", lambda sizes: bool(sizes) and all(size >= 1 for size in sizes)
+    ),
+    "tune.learning_rates": Rule(
+        "at least one finite number above 0",
+        lambda rates: bool(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
+    ),
+    "simulation.actors": _whole(1),
+    "simulation.threads": _whole(1),
+    "simulation.faults": Rule(
+        "INSTITUTION:FAULT with a fault of nan or raise",
+        lambda entries: _distinct(entries, rf"{_NAME}:(nan|raise)"),
+    ),
+}
+
+
+def _sum_bits(bits: int, weight_bits: int, institutions: Sequence[str]) -> int:
+    """Bits that hold the sum of one weighted element over all institutions."""
+    return bits + weight_bits + math.ceil(math.log2(len(institutions)))
+
+
+AGREEMENTS: tuple[Agreement, ...] = (
+    Agreement(
+        ("data.generator", "data.directory"),
+        lambda generator, directory: bool(generator or directory),
+        lambda generator, directory: (
+            "data.generator: found '', and data.directory is empty; one of the two must say where records come from"
+        ),
+    ),
+    Agreement(
+        ("data.train_records", "data.institutions", "data.directory"),
+        lambda counts, names, directory: len(counts) == len(names) or (directory and not counts),
+        lambda counts, names, directory: (
+            f"data.train_records: found {len(counts)} counts for {len(names)} institutions; allowed: one count for each"
+        ),
+    ),
+    Agreement(
+        ("simulation.faults", "data.institutions"),
+        lambda entries, names: {entry.partition(":")[0] for entry in entries} <= set(names),
+        lambda entries, names: (
+            f"simulation.faults: found {', '.join(entries)}; allowed: institutions {', '.join(names)}"
+        ),
+    ),
+    Agreement(
+        ("federation.fraction", "data.institutions", "federation.min_cohort"),
+        lambda fraction, names, least: fraction * len(names) >= least - 1e-9,  # 0.7 * 10 is just under 7
+        lambda fraction, names, least: (
+            f"federation.fraction: found {fraction:g}, which draws {fraction * len(names):g} of {len(names)}"
+            f" institutions; allowed: at least federation.min_cohort = {least} of them"
+        ),
+    ),
+    Agreement(
+        ("quantise.bits", "quantise.weight_bits", "data.institutions"),
+        lambda bits, weight_bits, names: _sum_bits(bits, weight_bits, names) <= RING_BITS,
+        lambda bits, weight_bits, names: (
+            f"quantise.bits: found {bits}, with quantise.weight_bits = {weight_bits} and {len(names)} institutions;"
+            f" allowed: at most {bits - _sum_bits(bits, weight_bits, names) + RING_BITS},"
+            f" since the weighted sum must fit a {RING_BITS}-bit ring:"
+            f" bits + weight_bits + ceil(log2(institutions)) <= {RING_BITS}"
+        ),
+    ),
+)
+
+
+def impossible(values: Mapping[str, Any]) -> list[str]:
+    """One line for each value, and each set of values, that no run can mean."""
+    broken = {key for key, value in values.items() if not RULES[key].holds(value)}
+    mistakes = [f"{key}: found {short(values[key])}; allowed: {RULES[key].allowed}" for key in values if key in broken]
+    for agreement in AGREEMENTS:
+        if all(key in values and key not in broken for key in agreement.keys):
+            arguments = [values[key] for key in agreement.keys]
+            if not agreement.holds(*arguments):
+                mistakes.append(agreement.mistake(*arguments))
+    return mistakes
+
+
+def short(value: object) -> str:
+    """A value as an error message shows it."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
