@@ -128,6 +128,10 @@ class Institution:
         settings = plan.settings
         if settings.method not in METHODS:
             raise Refusal(METHOD_UNKNOWN, f"method {settings.method!r}")
+        # A round's number names a file: a false one would stand in the way of the rounds to come.
+        if type(plan.round) is not int or not 1 <= plan.round <= settings.rounds:
+            raise Refusal(MALFORMED, f"round {plan.round!r} of {settings.rounds!r}")
+        store = StateStore(self.run_directory(plan.run) / "state")
         method = METHODS[settings.method]
         model = _shared_model(self.model, json.dumps(asdict(settings.lora)))
         try:
@@ -139,7 +143,6 @@ class Institution:
         if settings.evaluate:
             model.write(start)
             scores = evaluate(model, self._load("validation", settings.train.max_tokens))
-        store = StateStore(self.run_directory(plan.run) / "state")
         assignment = Assignment(plan.round, settings.rounds, method.trained(start), settings.seed, self.name)
         trained = train(model, examples, start, store.before(plan.round), settings.train, assignment)
         if self.spoil is not None:
@@ -188,7 +191,12 @@ class Institution:
         }
         # Rounding noise is repeatable and hides nothing; masks and DP noise come from the system's generator.
         rng = seeded(settings.seed, "rounding", self.name, plan.round)
-        return fixed_point.encode(update, weight, counters, layout, rng), True
+        vector = fixed_point.encode(update, weight, counters, layout, rng)
+        # A loss can be finite and yet too large for its counter; such a vector is void too.
+        usable = not np.array_equal(vector, fixed_point.void(layout))
+        if not usable:
+            self.log.error("%s: round %d gave sums out of range; sent as zeros", self.name, plan.round)
+        return vector, usable
 
     def _remember(self, plan: Plan, trained: Trained, scores: Scores, usable: bool) -> None:
         """One line in the institution's own file; nobody else is told."""

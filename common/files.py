@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,5 +116,6 @@ def append_line(path: Path, line: str) -> None:
                     written += handle.write(data[written:])
                 os.fsync(handle.fileno())
             except OSError:
-                os.ftruncate(handle.fileno(), size)
+                with suppress(OSError):
+                    os.ftruncate(handle.fileno(), size)
                 raise

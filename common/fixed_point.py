@@ -56,14 +56,14 @@ class Layout:
                 "quantise: expected at least 0 parameters, 1 institution, 2 bits an element and 1 bit of weight, found "
                 f"{self.parameters}, {self.members}, {self.bits} and {self.weight_bits}"
             )
-        if not (self.clip > 0 and math.isfinite(self.clip) and math.isfinite(self.levels / self.clip)):
-            raise ConfigError(f"quantise.clip: expected a finite number above 0, found {self.clip}")
         needed = self.bits + self.weight_bits + self.member_bits
         if needed > RING_BITS:
             raise ConfigError(
                 f"quantise: {self.bits} bits an element + {self.weight_bits} bits of weight + {self.member_bits} bits "
                 f"for {self.members} institutions need {needed} bits, the ring has {RING_BITS}; lower quantise.bits"
             )
+        if not (self.clip > 0 and math.isfinite(self.clip) and math.isfinite(self.levels / self.clip)):
+            raise ConfigError(f"quantise.clip: expected a finite number above 0, found {self.clip}")
 
     @property
     def member_bits(self) -> int:

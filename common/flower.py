@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from common.errors import Refusal
+from common.messages import MALFORMED
 from common.wire import Wire
 
 HELLO = "query.hello"
@@ -23,11 +25,14 @@ def to_records(wire: Wire) -> RecordDict:
 
 
 def from_records(content: RecordDict) -> Wire:
-    """The wire form of what came. Missing parts come out empty, and are refused where they are read."""
+    """The wire form of what came. Missing parts come out empty, and are refused where they are read.
+
+    Raises Refusal(malformed) for bytes that are no array.
+    """
     config = content.config_records.get(_TEXT, ConfigRecord())
-    arrays = content.array_records.get(_ARRAYS, ArrayRecord())
-    return Wire(
-        kind=str(config.get("kind", "")),
-        text=str(config.get("text", "")),
-        arrays={name: array.numpy() for name, array in arrays.items()},
-    )
+    records = content.array_records.get(_ARRAYS, ArrayRecord())
+    try:
+        arrays = {name: array.numpy() for name, array in records.items()}
+    except Exception as error:  # the bytes are the sender's, and numpy has a kind of error for each way to be wrong
+        raise Refusal(MALFORMED, f"an array cannot be read: {error}") from error
+    return Wire(kind=str(config.get("kind", "")), text=str(config.get("text", "")), arrays=arrays)

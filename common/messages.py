@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from common.adapter import Adapter
 from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
+from common.config_rules import RULES
 from common.errors import ConfigError
 from common.fixed_point import Layout, Ring
 from common.models import Fingerprint
@@ -43,6 +45,31 @@ REASONS = frozenset(
         TIMED_OUT,
     }
 )
+
+
+T = TypeVar("T")
+
+
+def built(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass from values that came from outside: all its fields, no others, each of its declared type.
+
+    Raises TypeError for anything else.
+    """
+    made = kind(**values)
+    hints = get_type_hints(kind)
+    for field in fields(made):  # type: ignore[arg-type]  # kind is a dataclass
+        value = getattr(made, field.name)
+        if field.name not in values or not _has_type(value, hints[field.name]):
+            raise TypeError(f"{kind.__name__}.{field.name}: expected {field.type}, found {value!r:.60}")
+    return made
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if origin := get_origin(kind):  # list[str], tuple[str, ...]
+        return isinstance(value, origin) and all(_has_type(part, get_args(kind)[0]) for part in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 @dataclass(frozen=True)
@@ -100,19 +127,38 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """Raises ConfigError when the text is not what `to_json` writes."""
+        """Raises ConfigError when the text is not what `to_json` writes, or holds a value that no run can mean."""
         try:
-            fields = json.loads(text)
-            return cls(
-                **{
-                    **fields,
-                    "lora": LoraConfig(**fields["lora"]),
-                    "train": TrainConfig(**fields["train"]),
-                    "quantise": QuantiseConfig(**fields["quantise"]),
-                }
+            values = json.loads(text)
+            settings = built(
+                cls,
+                {
+                    **values,
+                    "lora": built(LoraConfig, values["lora"]),
+                    "train": built(TrainConfig, values["train"]),
+                    "quantise": built(QuantiseConfig, values["quantise"]),
+                },
             )
-        except (ValueError, TypeError, KeyError) as error:
+            impossible = [key for key, value in settings._rulable().items() if not RULES[key].holds(value)]
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
             raise ConfigError(f"settings of a plan cannot be read: {error}") from error
+        if impossible:
+            told = "; ".join(f"{key}: allowed: {RULES[key].allowed}" for key in impossible)
+            raise ConfigError(f"settings of a plan cannot be meant: {told}")
+        return settings
+
+    def _rulable(self) -> dict[str, Any]:
+        """Values by their key in the configuration. Not the method: one that is unknown here has its own refusal."""
+        values = asdict(self)
+        nested = {
+            f"{part}.{key}": value for part in ("lora", "train", "quantise") for key, value in values[part].items()
+        }
+        return nested | {
+            "seed": self.seed,
+            "federation.rounds": self.rounds,
+            "federation.weighting": self.weighting,
+            "federation.weight_unit": self.weight_unit,
+        }
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from common.adapter import Adapter, check_same_form
 from common.config import LoraConfig
 from common.errors import ModelError
 from common.files import write_directory
-from common.text import Pack
+from common.text import Example, Pack, pack
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +48,17 @@ class Fingerprint:
 
 def model_directory(path: str) -> Path:
     """The directory behind `model.path`. Raises ModelError when there is none, or no model in it."""
-    directory = Path(__file__).parent / "embedded" if path == EMBEDDED else Path(path).expanduser()
-    if not directory.is_dir():
-        raise ModelError(
-            f"model.path: expected `{EMBEDDED}` or a directory with a causal language model, found {path!r}"
-        )
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"model.path: {directory} has no config.json; expected a directory that transformers can load")
+    expected = f"model.path: expected `{EMBEDDED}` or a directory with a causal language model, found {path!r:.200}"
+    try:
+        directory = Path(__file__).parent / "embedded" if path == EMBEDDED else Path(path).expanduser()
+        if not directory.is_dir():
+            raise ModelError(expected)
+        if not (directory / "config.json").is_file():
+            raise ModelError(
+                f"model.path: {directory} has no config.json; expected a directory that transformers can load"
+            )
+    except (OSError, RuntimeError) as error:  # no permission, too long, ~ of an unknown user
+        raise ModelError(f"{expected}: {error}") from error
     return directory
 
 
@@ -67,27 +72,33 @@ def fingerprint(path: str) -> Fingerprint:
 
     directory = model_directory(path)
     try:
-        config = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{directory / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{directory / 'config.json'}: expected a JSON object, found {type(config).__name__}")
     config = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{directory} has no *.safetensors weights; convert them with save_pretrained first")
     sha = hashlib.sha256()
     try:
-        where = {name: file for file in files for name in _tensor_names(file)}
-        for name in sorted(where):
-            with safe_open(where[name], framework="pt") as tensors:
+        # A tensor that stands in two files counts twice: which one transformers would load is not for us to guess.
+        for name, file in sorted((name, shard) for shard in files for name in _tensor_names(shard)):
+            with safe_open(file, framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
-            sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            sha.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
             sha.update(_raw_bytes(tensor))
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights in {directory} are broken: {error}") from error
     vocabulary = hashlib.sha256()
     for file in sorted(directory.iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
-            vocabulary.update(file.name.encode() + b"\0" + file.read_bytes())
+        known = file.name.startswith(
+            ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
+        )
+        if known and file.is_file():
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            vocabulary.update(json.dumps([file.name, content]).encode())
     return Fingerprint(
         config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         weights=sha.hexdigest(),
@@ -178,7 +189,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     directory = model_directory(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what is raised depends on which file is broken, and how
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {directory} has no end-of-text token, which ends every answer")
@@ -188,23 +199,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load(path: str, lora: LoraConfig, seed: int) -> LoraModel:
     """Loads the base model of `path`, freezes it and puts a fresh adapter on it (A random from `seed`, B zero).
 
-    Raises ModelError when the directory holds no causal language model or lacks a target module.
+    Raises ModelError when the directory holds no complete causal language model with a tokenizer that fits, or lacks a
+    target module.
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    from common import attention
-
-    _quiet_transformers()
     directory = model_directory(path)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, attn_implementation=attention.NAME, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
+    base = _load_base(directory)
     tokenizer = load_tokenizer(path)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        raise ModelError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, more than the "
+            f"{base.get_input_embeddings().num_embeddings} that the model knows"
+        )
+    _check_targets(base, lora.target_modules, directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -214,7 +223,75 @@ def load(path: str, lora: LoraConfig, seed: int) -> LoraModel:
                 peft_model = get_peft_model(base, peft_config(lora, str(directory)))
         except ValueError as error:
             raise ModelError(f"lora.target_modules: {error}") from error
-    return LoraModel(peft_model.eval(), tokenizer, lora, path)
+    model = LoraModel(peft_model.eval(), tokenizer, lora, path)
+    if not _keeps_documents_apart(model):
+        raise ModelError(
+            f"{directory} holds a {type(base).__name__}, which is not causal, does not keep packed documents apart or "
+            "computes numbers that are not finite; expected a Llama or a model that attends as it does"
+        )
+    return model
+
+
+def _load_base(directory: Path) -> Any:
+    """The base model in float32 with our attention. Raises ModelError when it is broken or incomplete."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from common import attention
+
+    _quiet_transformers()
+    base: Any
+    loading: dict[str, Any]
+    try:
+        base, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, as asked for below
+            directory,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation=attention.NAME,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # what is raised depends on which file is broken, and how
+        raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        # transformers would fill them with random numbers, which no two institutions share.
+        raise ModelError(f"the weights in {directory} lack {len(missing)} tensors of the model (first: {missing[0]})")
+    # What its makers recommend for sampling would otherwise bend greedy answers too.
+    base.generation_config = GenerationConfig()
+    return base
+
+
+def _check_targets(base: torch.nn.Module, targets: Sequence[str], directory: Path) -> None:
+    """Raises ModelError, naming what there is, when a target module is no linear layer: PEFT passes over some."""
+    import torch
+
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
+    if unknown and list(targets) != ["all-linear"]:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ModelError(
+            f"lora.target_modules: expected linear layers of the model in {directory} ({there}) or all-linear, "
+            f"found {', '.join(unknown)}"
+        )
+
+
+def _keeps_documents_apart(model: LoraModel) -> bool:
+    """Whether two packed documents get the logits that each gets by itself, with a token more to look ahead to.
+
+    Some architectures take our attention and the lengths of documents without a word, and heed neither.
+    """
+    import torch
+
+    documents = [(0, 1, 2, 3), (2, 1, 0)]
+    with torch.inference_mode():
+        try:
+            packed = model.logits(pack([Example(ids, 1, "", "") for ids in documents]))
+            alone = [model.peft(input_ids=torch.tensor([[*ids, 3]])).logits[0, : len(ids) - 1] for ids in documents]
+        except (TypeError, IndexError, RuntimeError):
+            return False
+    expected = torch.cat(alone)
+    # Another order of the same sums in float32; what another document adds is larger by orders of magnitude.
+    return packed.shape == expected.shape and bool((packed - expected).abs().max() < 1e-3 * expected.abs().max())
 
 
 def peft_config(lora: LoraConfig, path: str) -> Any:
@@ -235,10 +312,12 @@ def peft_config(lora: LoraConfig, path: str) -> Any:
 
 def save_adapter(adapter: Adapter, lora: LoraConfig, path: str, directory: Path) -> None:
     """Writes the adapter in PEFT's own format: `PeftModel.from_pretrained(base, directory)` loads it."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     def write(folder: Path) -> None:
-        save_file(dict(adapter.factors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # As bytes, since the file that safetensors writes itself could be read by its owner only.
+        content = save(dict(adapter.factors), metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(content)
         config = peft_config(lora, path)
         config.inference_mode = True
         config.save_pretrained(str(folder))
@@ -249,10 +328,10 @@ def save_adapter(adapter: Adapter, lora: LoraConfig, path: str, directory: Path)
 def load_adapter(directory: Path) -> Adapter:
     """Reads an adapter that `save_adapter` or PEFT wrote. Raises ModelError when it is missing or broken."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file  # numpy's knows no bfloat16
 
     file = directory / "adapter_model.safetensors"
     try:
-        return Adapter(load_file(file))
+        return Adapter({key: tensor.float().numpy() for key, tensor in load_file(file).items()})
     except (OSError, SafetensorError) as error:
         raise ModelError(f"expected a PEFT adapter in {directory}, but {file.name} cannot be read: {error}") from error

@@ -37,7 +37,7 @@ def read_jsonl(path: Path) -> tuple[Record, ...]:
     without a completion or a person, or a field that is not text.
     """
     try:
-        # Lines end at a line feed only: str.splitlines would also cut at U+2028 and others, which JSON allows in a text.
+        # Lines end at a line feed only: str.splitlines also cuts at U+2028 and others, which JSON allows in a text.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a jsonl file, found none; `silotune-sim data` writes one per set") from error
@@ -63,9 +63,10 @@ def _parse(line: str, where: str) -> Record:
     for name in ("prompt", "kind"):
         if not isinstance(values[name], str):
             raise DataError(f"{where}: expected text in `{name}`, found {type(values[name]).__name__}")
-    for name, value in values.items():
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(f"{where}: expected text in `{name}`, found half of a surrogate pair (\\ud800 to \\udfff)")
+    try:
+        "".join(values.values()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: expected Unicode text, found half of a surrogate pair ({error})") from error
     return Record(**values)
 
 

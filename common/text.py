@@ -52,8 +52,8 @@ def tokenise(record: Record, tokenizer: PreTrainedTokenizerBase, max_tokens: int
     """Tokenises a record; one over `max_tokens` loses the beginning of its prompt, then the end of its answer."""
     prompt: list[int] = []
     if record.prompt:
-        prompt = tokenizer(record.prompt + "\n", add_special_tokens=False)["input_ids"]
-    completion: list[int] = tokenizer(record.completion, add_special_tokens=False)["input_ids"]
+        prompt = _tokens(record.prompt + "\n", tokenizer)
+    completion = _tokens(record.completion, tokenizer)
     completion = [*completion, int(tokenizer.eos_token_id)]
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     room = max_tokens - len(start) - len(completion)
@@ -61,6 +61,12 @@ def tokenise(record: Record, tokenizer: PreTrainedTokenizerBase, max_tokens: int
     ids = (*start, *prompt, *completion)[:max_tokens]
     # Without a begin token the first token of a plain text has nothing before it to be predicted from.
     return Example(ids, max(len(start) + len(prompt), 1), record.kind, record.completion)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The text's own tokens. "</s>" in a record is four characters like others and ends nothing."""
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokens
 
 
 def pack(examples: Sequence[Example]) -> Pack:

@@ -7,6 +7,7 @@ transport's own records, belongs to a side.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from common.messages import (
     Request,
     Settings,
     TrainRequest,
+    built,
 )
 from common.models import Fingerprint
 
@@ -61,34 +63,65 @@ def from_wire(wire: Wire) -> Request | Reply:
     """The message that travelled. Raises Refusal(malformed) for anything that `to_wire` does not write."""
     try:
         return _read(wire.kind, json.loads(wire.text), wire.arrays)
-    except (ValueError, TypeError, KeyError, AttributeError, SilotuneError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, SilotuneError) as error:
         raise Refusal(MALFORMED, f"a message {wire.kind!r:.40} cannot be read: {error}") from error
 
 
 def _read(kind: str, fields: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Request | Reply:
     match kind:
         case "Hello":
-            return Hello(**{**fields, "fingerprint": Fingerprint(**fields["fingerprint"])})
+            return built(Hello, _with_fingerprint(fields))
         case "Introduction":
-            return Introduction(**{**fields, "fingerprint": Fingerprint(**fields["fingerprint"])})
+            introduction = built(Introduction, _with_fingerprint(fields))
+            _require_word(introduction.name)
+            _require_word(introduction.version)
+            return introduction
         case "TrainRequest":
-            shapes = {key: np.empty(tuple(shape), np.float32) for key, shape in fields["shapes"].items()}
-            plan = dict(fields["plan"])
-            plan |= {
-                "cohort": tuple(plan["cohort"]),
-                "settings": Settings.from_json(plan["settings"]),
-                "fingerprint": Fingerprint(**plan["fingerprint"]),
-            }
-            return TrainRequest(Plan(**plan), Adapter(unflatten(_vector(arrays, np.float32), shapes, shapes)))
+            # Only their shapes are used, so they take no memory, however large a sender says they are.
+            shapes = {key: np.broadcast_to(np.float32(0), _shape(shape)) for key, shape in fields["shapes"].items()}
+            if set(fields) != {"plan", "shapes"}:
+                raise ValueError("expected a plan and the shapes of an adapter")
+            plan = _plan(fields["plan"])
+            return TrainRequest(plan, Adapter(unflatten(_vector(arrays, np.float32), shapes, shapes)))
         case "Contribution":
-            return Contribution(str(fields["plan_digest"]), _vector(arrays, np.uint32))
+            if set(fields) != {"plan_digest"} or not isinstance(fields["plan_digest"], str):
+                raise ValueError("expected the digest of a plan")
+            return Contribution(fields["plan_digest"], _vector(arrays, np.uint32))
         case "Refused":
-            if fields["reason"] not in REASONS:
-                raise ValueError("unknown reason code")
-            parts = tuple(part for part in fields["parts"] if part in Fingerprint.PARTS)
-            return Refused(fields["reason"], str(fields["name"]), parts)
+            refused = built(Refused, {**fields, "parts": tuple(fields["parts"])})
+            if refused.reason not in REASONS or not set(refused.parts) <= set(Fingerprint.PARTS):
+                raise ValueError("unknown reason code or part of a base model")
+            if refused.name:
+                _require_word(refused.name)
+            return refused
         case _:
             raise ValueError("unknown kind of message")
+
+
+def _with_fingerprint(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "fingerprint": built(Fingerprint, fields["fingerprint"])}
+
+
+def _plan(fields: dict[str, Any]) -> Plan:
+    settings = Settings.from_json(fields["settings"])
+    plan = built(Plan, {**_with_fingerprint(fields), "cohort": tuple(fields["cohort"]), "settings": settings})
+    for name in (plan.run, *plan.cohort):
+        _require_word(name)
+    if plan.round < 1 or plan.parameters < 0 or len(set(plan.cohort)) < len(plan.cohort):
+        raise ValueError("round, parameters or cohort of a plan cannot be meant")
+    return plan
+
+
+def _shape(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list) or len(found) != 2 or not all(type(size) is int for size in found):
+        raise ValueError("expected the two sizes of a factor")
+    return tuple(found)
+
+
+def _require_word(text: str) -> None:
+    """Names become parts of paths, lines of logs and rows of tables, so they hold nothing that means more there."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}", text):
+        raise ValueError(f"expected a plain word, found {text!r:.60}")
 
 
 def _vector(arrays: Mapping[str, NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from common.adapter import Adapter
 from common.errors import ConfigError, StorageError
-from common.files import write_atomically
+from common.files import write_bytes
 from server.optimizers import OptimizerState
 from server.rounds import Progress, RoundRecord, record_as_json
 
@@ -24,7 +29,7 @@ def save(directory: Path, progress: Progress, config_digest: str) -> None:
 
     Raises StorageError when the disk is full or read-only; the checkpoints before it stay.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as to_bytes
 
     groups = {
         "adapter": progress.adapter.factors,
@@ -39,10 +44,17 @@ def save(directory: Path, progress: Progress, config_digest: str) -> None:
         "best_perplexity": progress.best_perplexity if math.isfinite(progress.best_perplexity) else None,
         "history": [record_as_json(record) for record in progress.history],
     }
-    metadata = {"progress": json.dumps(about)}
-    write_atomically(_file(directory, progress.round), lambda partial: save_file(tensors, partial, metadata=metadata))
+    text = json.dumps(about)
+    # One entry: safetensors writes several in random order, and equal runs shall have equal bytes.
+    metadata = {"progress": json.dumps({"digest": _digest(text, tensors), "about": text})}
+    write_bytes(_file(directory, progress.round), to_bytes(tensors, metadata=metadata))
     for file in sorted(directory.glob("round-*.safetensors"))[:-_KEPT]:
         file.unlink(missing_ok=True)
+
+
+def _digest(text: str, tensors: Mapping[str, NDArray[np.float32]]) -> str:
+    """SHA-256 of what a checkpoint holds: safetensors itself would not notice a changed bit."""
+    return hashlib.sha256((text + Adapter(tensors).digest()).encode()).hexdigest()
 
 
 def latest(directory: Path, config_digest: str) -> Progress | None:
@@ -66,25 +78,29 @@ def _read(file: Path, config_digest: str) -> Progress:
 
     try:
         with safe_open(file, framework="np") as tensors:
-            about = json.loads(tensors.metadata()["progress"])
+            metadata = tensors.metadata() or {}
             arrays = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    found = json.loads(metadata["progress"])
+    if found["digest"] != _digest(found["about"], arrays):
+        raise ValueError(f"{file.name} is damaged: its digest differs from what it holds")
+    about = json.loads(found["about"])
     if about["config"] != config_digest:
         raise ConfigError(
             f"{file} was written under another configuration than config.yaml beside it; resume with the configuration "
             "the run began with, or start a new run"
         )
-    groups: dict[str, dict[str, object]] = {"adapter": {}, "best": {}, "first": {}, "second": {}}
+    groups: dict[str, dict[str, NDArray[np.float32]]] = {"adapter": {}, "best": {}, "first": {}, "second": {}}
     for key, array in arrays.items():
         group, _, name = key.partition("/")
         groups[group][name] = array
     best_perplexity = about["best_perplexity"]
     return Progress(
-        adapter=Adapter(groups["adapter"]),  # type: ignore[arg-type]
-        best=Adapter(groups["best"]),  # type: ignore[arg-type]
+        adapter=Adapter(groups["adapter"]),
+        best=Adapter(groups["best"]),
         best_round=about["best_round"],
         best_perplexity=math.inf if best_perplexity is None else best_perplexity,
-        optimizer=OptimizerState(groups["first"], groups["second"]),  # type: ignore[arg-type]
+        optimizer=OptimizerState(groups["first"], groups["second"]),
         history=tuple(RoundRecord(**record) for record in about["history"]),
     )

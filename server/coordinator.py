@@ -54,17 +54,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """The coordinator's own model and its records, loaded once."""
+    """The coordinator's own model and its records, loaded once. start: the fresh adapter that a run begins with."""
 
     model: LoraModel
     exact: tuple[str, ...]
     max_tokens: int
+    start: Adapter
 
     @classmethod
     def of(cls, config: Config) -> Bench:
         """Raises ModelError when the base model cannot be loaded."""
         model = load(config.model.path, config.lora, config.seed)
-        return cls(model, tuple(config.evaluation.exact), config.train.max_tokens)
+        return cls(model, tuple(config.evaluation.exact), config.train.max_tokens, model.read())
 
     def read(self, file: Path) -> tuple[Example, ...]:
         """Tokenised records of a jsonl file. Raises DataError when it cannot be read."""
@@ -87,16 +88,17 @@ def coordinate(
     """Runs a federation, or goes on with the one in `directory`, and publishes the best round's adapter there.
 
     Raises RunStopped when too few institutions take part or contribute; what was reached until then is published all
-    the same. A kill at any moment costs at most the round under way.
+    the same. Raises ConfigError when `directory` holds a run with another configuration. A kill at any moment costs at
+    most the round under way.
     """
     bench = bench or Bench.of(config)
     examples = bench.read(validation)
     digest = config_files.digest(config)
-    write_text(directory / "config.yaml", config_files.to_yaml(config))
+    # Before anything is written: a run that is already there keeps its configuration.
     progress = checkpoints.latest(directory / "checkpoints", digest)
+    write_text(directory / "config.yaml", config_files.to_yaml(config))
     if progress is None:
-        start = bench.model.read()
-        progress = begin(start, bench.scores(start, examples))
+        progress = begin(bench.start, bench.scores(bench.start, examples))
     _rewrite_metrics(directory / "metrics.jsonl", progress)
 
     def keep(after: Progress) -> None:

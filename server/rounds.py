@@ -192,10 +192,9 @@ def _collect(
 ) -> tuple[RunningSum, dict[str, str]]:
     """Adds each vector to the sum as it arrives and forgets it; names who refused, with the reason code."""
     total, refused = RunningSum(plan.layout), {}
-    digest = plan.digest()
-    for answered, (name, reply) in enumerate(
-        members.ask({name: TrainRequest(plan, adapter) for name in plan.cohort}, timeout_s), 1
-    ):
+    digest, answered = plan.digest(), 0
+    for name, reply in members.ask({name: TrainRequest(plan, adapter) for name in plan.cohort}, timeout_s):
+        answered += 1
         clock.lap("train")
         if isinstance(reply, Contribution) and reply.plan_digest == digest:
             try:
@@ -206,6 +205,7 @@ def _collect(
         else:
             refused[name] = reply.reason if isinstance(reply, Refused) else MALFORMED
             log.warning("round %d: %s did not contribute: %s", plan.round, name, refused[name])
+        del reply  # before the next one comes, so that no two vectors are held
         clock.lap("aggregate")
         on_reply(plan.round, answered, len(plan.cohort))
     return total, refused

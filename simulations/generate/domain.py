@@ -123,9 +123,10 @@ def cue_sets(outcome: Outcome, held_out: bool) -> tuple[tuple[Cue, ...], ...]:
 
 
 def draw_cues(outcome: Outcome, held_out: bool, rng: np.random.Generator) -> tuple[Cue, ...]:
-    """A combination of cues, its size drawn first (sizes are equally likely), then the combination."""
+    """A combination of cues; its size is drawn first, larger ones more often in proportion, then the combination."""
     sets = cue_sets(outcome, held_out)
-    size = rng.choice(sorted({len(cues) for cues in sets}))
+    sizes = np.array(sorted({len(cues) for cues in sets}))
+    size = rng.choice(sizes, p=sizes / sizes.sum())
     candidates = [cues for cues in sets if len(cues) == size]
     return candidates[rng.integers(len(candidates))]
 

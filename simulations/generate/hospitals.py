@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from simulations.generate.domain import Case, Cue, Domain, Outcome, Text, parse_cues
 
-_KINDS = (("coding", 0.5), ("note", 0.3), ("question", 0.2))
+_KINDS = (("coding", 0.55), ("note", 0.25), ("question", 0.2))
 
 _FEVER = "fever/raised temperature"
 _FATIGUE = "constant tiredness/ongoing fatigue"

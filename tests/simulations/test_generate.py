@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig
+from common.config_files import configs_dir, load
 from common.errors import ConfigError, StorageError
 from common.records import Record
 from simulations.generate.domain import Case, Cue, Domain, Outcome, Person, cue_sets
@@ -35,28 +36,14 @@ from simulations.generate.general import documents
 from simulations.generate.similarity import NEAR, Index, shingles
 from simulations.pretrain import training_text
 
-CONFIGS = {
-    "hospitals": DataConfig(
-        generator="hospitals",
-        institutions=["riverside", "northgate", "stmary", "lakeview"],
-        train_records=[200, 160, 130, 110],
-        own_records=40,
-        central_records=120,
-    ),
-    "banks": DataConfig(
-        generator="banks",
-        institutions=["harbour", "mercantile", "valley", "union"],
-        train_records=[200, 160, 130, 110],
-        own_records=40,
-        central_records=120,
-    ),
-}
+CONFIGS = {name: load(name).data for name in ("hospitals", "banks")}
 SHIPPED = tuple(itertools.product(CONFIGS, (1, 2, 3)))
+EVERY = tuple(itertools.product(sorted(path.stem for path in configs_dir().glob("*.yaml")), (1, 2, 3)))
 
 
 @cache
 def federation(name: str, seed: int) -> Federation:
-    return generate(replace(CONFIGS[name], seed=seed))
+    return generate(replace(load(name).data, seed=seed))
 
 
 def training(made: Federation) -> list[Record]:
@@ -92,7 +79,7 @@ def stated_cues(domain: Domain, prompt: str) -> frozenset[str]:
     return frozenset(meant[found].name for found in pattern.findall(prompt))
 
 
-@pytest.mark.parametrize(("name", "seed"), SHIPPED)
+@pytest.mark.parametrize(("name", "seed"), EVERY)
 def test_nothing_held_out_stands_in_training(name: str, seed: int) -> None:
     assert leaks(federation(name, seed)) == []
 

@@ -1,0 +1,222 @@
+"""The ClientApp at its rim, with Flower's own messages: always a reply, and in it a reason code at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import build_client_app
+from client.institution import Institution
+from common.adapter import Adapter
+from common.config import Config
+from common.errors import DataError, Refusal
+from common.flower import HELLO, ROUND, from_records, to_records
+from common.messages import (
+    DATA_UNREADABLE,
+    INTERNAL_ERROR,
+    MALFORMED,
+    PROTOCOL,
+    Contribution,
+    Hello,
+    Introduction,
+    Refused,
+    Reply,
+    Request,
+    TrainRequest,
+)
+from common.models import fingerprint
+from common.wire import Wire, from_wire, to_wire
+from tests.client.conftest import make_config, make_plan
+
+NODE = 77
+SECRET = "patient-QXZQXZ"
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own runtime says who sends a message; outside of it a test has to."""
+    for name, value in (("_task_id", 1), ("_run_id", 5), ("_node_id", 1)):
+        monkeypatch.setattr(TaskIdentity, name, value)
+
+
+@pytest.fixture
+def config(base_model: str) -> Config:
+    return make_config(base_model)
+
+
+def context() -> Context:
+    return Context(run_id=5, node_id=NODE, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
+
+
+def message(content: RecordDict, kind: str = ROUND) -> Message:
+    made = Message(content, dst_node_id=NODE, message_type=kind, ttl=60.0)
+    made.metadata.__dict__["_message_id"] = "message-1"
+    return made
+
+
+def bytes_of(content: RecordDict) -> bytes:
+    """Every byte of what a reply carries."""
+    found = b""
+    for name, record in content.items():
+        found += name.encode()
+        for key, value in record.items():
+            found += key.encode() + (value.data if isinstance(value, Array) else str(value).encode())
+    return found
+
+
+def ask(app: ClientApp, content: RecordDict, kind: str = ROUND) -> Reply:
+    """Sends a message and reads the reply, which is always content and never a Flower error."""
+    answer = app(message(content, kind), context())
+    assert not answer.has_error()
+    assert answer.metadata.reply_to_message_id == "message-1"
+    assert SECRET.encode() not in bytes_of(answer.content)
+    reply = from_wire(from_records(answer.content))
+    assert isinstance(reply, Reply)
+    return reply
+
+
+def records(request: Request) -> RecordDict:
+    return to_records(to_wire(request))
+
+
+def test_hello_is_answered_with_an_introduction(
+    institution: Callable[..., Institution], base_model: str
+) -> None:
+    app = build_client_app(lambda _: institution())
+    answer = ask(app, records(Hello(PROTOCOL, base_model, fingerprint(base_model))), HELLO)
+    assert isinstance(answer, Introduction)
+    assert answer.name == "alder"
+
+
+def test_a_round_is_answered_as_the_institution_itself_would(
+    institution: Callable[..., Institution], config: Config, start: Adapter
+) -> None:
+    member = institution()
+    request = TrainRequest(make_plan(config, start), start)
+    answer = ask(build_client_app(lambda _: member), records(request))
+    direct = member.answer(request)
+    assert isinstance(answer, Contribution)
+    assert isinstance(direct, Contribution)
+    assert answer.plan_digest == direct.plan_digest
+    assert np.array_equal(answer.vector, direct.vector)
+
+
+def test_the_institution_is_found_by_the_context(
+    institution: Callable[..., Institution], base_model: str
+) -> None:
+    seen: list[int | str] = []
+
+    def find(found: Context) -> Institution:
+        seen.append(found.node_config["partition-id"])
+        return institution("birch")
+
+    answer = ask(build_client_app(find), records(Hello(PROTOCOL, base_model, fingerprint(base_model))), HELLO)
+    assert isinstance(answer, Introduction)
+    assert (answer.name, seen) == ("birch", [0])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(SECRET), INTERNAL_ERROR),
+        (KeyError(SECRET), INTERNAL_ERROR),
+        (DataError(SECRET), INTERNAL_ERROR),
+        (FileNotFoundError(2, "No such file", f"/data/{SECRET}"), INTERNAL_ERROR),
+        (MemoryError(SECRET), INTERNAL_ERROR),
+        (Refusal(DATA_UNREADABLE, SECRET), DATA_UNREADABLE),
+    ],
+)
+def test_an_institution_that_cannot_be_found_is_a_reason_code(
+    error: Exception, reason: str, config: Config, start: Adapter
+) -> None:
+    def fail(_: Context) -> Institution:
+        raise error
+
+    assert ask(build_client_app(fail), records(TrainRequest(make_plan(config, start), start))) == Refused(reason)
+
+
+def test_an_exception_in_training_is_a_reason_code(
+    institution: Callable[..., Institution], config: Config, start: Adapter
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    app = build_client_app(lambda _: institution(spoil=fail))
+    answer = ask(app, records(TrainRequest(make_plan(config, start), start)))
+    assert answer == Refused(INTERNAL_ERROR, "alder")
+
+
+def altered(wire: Wire, **changes: Any) -> RecordDict:
+    return to_records(replace(wire, **changes))
+
+
+MALFORMED_CONTENT = [
+    pytest.param(lambda wire: RecordDict(), id="nothing"),
+    pytest.param(lambda wire: altered(wire, kind="Goodbye"), id="unknown kind"),
+    pytest.param(lambda wire: altered(wire, kind="Hello"), id="text of another kind"),
+    pytest.param(lambda wire: altered(wire, text=""), id="no text"),
+    pytest.param(lambda wire: altered(wire, text="{"), id="no JSON"),
+    pytest.param(lambda wire: altered(wire, text="[1]"), id="JSON of another shape"),
+    pytest.param(lambda wire: altered(wire, text="[" * 100_000), id="deep JSON"),
+    pytest.param(lambda wire: altered(wire, text=wire.text.replace("weight_unit", "weight_onit")), id="unknown setting"),
+    pytest.param(lambda wire: altered(wire, arrays={}), id="no adapter"),
+    pytest.param(lambda wire: altered(wire, arrays={"array": wire.arrays["array"][:-1]}), id="short adapter"),
+    pytest.param(lambda wire: altered(wire, arrays={"array": wire.arrays["array"].astype("f8")}), id="float64"),
+    pytest.param(lambda wire: altered(wire, arrays={"array": wire.arrays["array"][None]}), id="two dimensions"),
+    pytest.param(
+        lambda wire: RecordDict({"message": ConfigRecord({"kind": 7, "text": b"\xff"}), "arrays": ArrayRecord()}),
+        id="other types",
+    ),
+    pytest.param(
+        lambda wire: RecordDict(
+            {
+                "message": ConfigRecord({"kind": wire.kind, "text": wire.text}),
+                "arrays": ArrayRecord({"array": Array("float32", (3,), "pickle", SECRET.encode())}),
+            }
+        ),
+        id="an array in another form",
+    ),
+]
+
+
+@pytest.mark.parametrize("change", MALFORMED_CONTENT)
+def test_malformed_content_is_a_reason_code(
+    change: Callable[[Wire], RecordDict], institution: Callable[..., Institution], config: Config, start: Adapter
+) -> None:
+    app = build_client_app(lambda _: institution())
+    content = change(to_wire(TrainRequest(make_plan(config, start), start)))
+    answer = ask(app, content)
+    assert isinstance(answer, Refused)
+    assert answer.reason in (MALFORMED, INTERNAL_ERROR)
+    assert (answer.name, answer.parts) == ("", ())
+
+
+@pytest.mark.parametrize("reply", [Refused(MALFORMED), Contribution("x", np.zeros(3, np.uint32))])
+def test_a_reply_where_a_request_is_expected_is_refused_before_an_institution_is_looked_for(reply: Reply) -> None:
+    def never(_: Context) -> Institution:
+        raise AssertionError("looked for an institution")
+
+    assert ask(build_client_app(never), to_records(to_wire(reply))) == Refused(MALFORMED)
+
+
+def test_an_error_in_place_of_content_is_a_reason_code(institution: Callable[..., Institution]) -> None:
+    made = message(RecordDict())
+    made.__dict__.update(_content=None, _error=Error(code=0, reason=SECRET))
+    answer = build_client_app(lambda _: institution())(made, context())
+    assert from_wire(from_records(answer.content)) == Refused(INTERNAL_ERROR)
+
+
+def test_only_the_two_kinds_of_message_are_heard(institution: Callable[..., Institution], base_model: str) -> None:
+    app = build_client_app(lambda _: institution())
+    hello = records(Hello(PROTOCOL, base_model, fingerprint(base_model)))
+    for kind in ("evaluate", "train", "query", "train.other"):
+        with pytest.raises(ValueError, match="No .* function registered") as raised:
+            app(message(hello, kind), context())
+        assert SECRET not in str(raised.value)

@@ -1,0 +1,141 @@
+"""Members that answer by a rule instead of a model, for rounds in milliseconds; and the small base model of the
+institutions' tests, for rounds with real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import fixed_point
+from common.adapter import Adapter, flatten
+from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, QuantiseConfig
+from common.evaluation import Scores
+from common.fixed_point import NATS, Ring
+from common.messages import Contribution, Plan, Reply, Request, TrainRequest
+from common.methods import METHODS
+from common.models import Fingerprint
+from common.randomness import seeded
+from server.rounds import Progress, begin, run_rounds
+from tests.client.conftest import base_model, institution
+
+__all__ = ["base_model", "institution"]
+
+ROSTER = ("alder", "birch", "cedar", "dogwood")
+BASE = Fingerprint("config", "weights", "tokenizer")
+A, B = "layer.lora_A.weight", "layer.lora_B.weight"
+
+
+def small_adapter(seed: int = 1) -> Adapter:
+    rng = np.random.default_rng(seed)
+    return Adapter({A: rng.standard_normal((2, 3)), B: np.zeros((4, 2))})
+
+
+def rounds_config(institutions: Sequence[str] = ROSTER, evaluation: EvaluationConfig | None = None, **federation: Any) -> Config:
+    return Config(
+        name="tiny",
+        seed=4,
+        data=DataConfig(institutions=list(institutions), directory="unused"),
+        federation=FederationConfig(**{"rounds": 4, "weight_unit": 1, "timeout_s": 5.0, **federation}),
+        quantise=QuantiseConfig(clip=1.0, bits=20, weight_bits=8),
+        evaluation=evaluation or EvaluationConfig(exact=[]),
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an institution puts into the sum: the same amount in every element, a weight, and sums of nats."""
+
+    amount: float = 0.1
+    weight: int = 1
+    train: tuple[float, int] = (10.0, 5)
+    validation: tuple[float, int] = (8.0, 4)
+
+    def vector(self, plan: Plan, name: str) -> Ring:
+        counters = {
+            "train_loss": round(self.train[0] * NATS),
+            "train_tokens": self.train[1],
+            "validation_loss": round(self.validation[0] * NATS),
+            "validation_tokens": self.validation[1],
+        }
+        update = np.full(plan.parameters, self.amount, np.float32)
+        return fixed_point.encode(update, self.weight, counters, plan.layout, seeded("rounding", name, plan.round))
+
+
+Rule = Callable[[str, TrainRequest], Reply]
+
+
+def contribute(name: str, request: TrainRequest) -> Reply:
+    """An update towards 1 that depends on name and adapter, so that a round cannot be mixed up with another."""
+    adapter, plan = request.adapter, request.plan
+    begin = flatten(adapter.factors, METHODS[plan.settings.method].trained(adapter))
+    rng = seeded("update", name, plan.round)
+    update = (0.3 * (1 - begin) + 0.05 * rng.standard_normal(len(begin))).astype(np.float32)
+    weight = 1 + ROSTER.index(name) if name in ROSTER else 1
+    counters = {"train_loss": 7 * NATS, "train_tokens": 3, "validation_loss": 5 * NATS, "validation_tokens": 2}
+    vector = fixed_point.encode(update, weight, counters, plan.layout, seeded("rounding", name, plan.round))
+    return Contribution(plan.digest(), vector)
+
+
+def shares(of: Mapping[str, Share]) -> Rule:
+    """Each institution contributes its share in every round."""
+    return lambda name, request: Contribution(request.plan.digest(), of[name].vector(request.plan, name))
+
+
+@dataclass
+class RuleMembers:
+    """Members that answer by a rule; `asked` are the cohorts so far."""
+
+    rule: Rule = contribute
+    order: Callable[[list[str]], Sequence[str]] = list
+
+    def __post_init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        self.asked.append(tuple(requests))
+        for name in self.order(list(requests)):
+            request = requests[name]
+            assert isinstance(request, TrainRequest)
+            yield name, self.rule(name, request)
+
+
+def distance_to_one(adapter: Adapter) -> Scores:
+    """A central evaluation: the nearer to 1, the better."""
+    factors = flatten(adapter.factors, adapter.factors).astype(np.float64)
+    return Scores(loss=float(np.abs(factors - 1).mean()) * 10, tokens=10)
+
+
+def play(
+    config: Config,
+    members: Any,
+    progress: Progress | None = None,
+    evaluate: Callable[[Adapter], Scores] = distance_to_one,
+    on_round: Callable[[Progress], None] = lambda _: None,
+    roster: Sequence[str] = ROSTER,
+) -> Progress:
+    start = small_adapter()
+    return run_rounds(
+        config=config,
+        run="tiny-run",
+        roster=tuple(roster),
+        fingerprint=BASE,
+        members=members,
+        evaluate=evaluate,
+        progress=progress or begin(start, evaluate(start)),
+        on_round=on_round,
+    )
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are the one thing in a record that two equal rounds do not share."""
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
+
+
+def without_seconds(progress: Progress) -> Progress:
+    return replace(progress, history=tuple(replace(record, seconds={}) for record in progress.history))

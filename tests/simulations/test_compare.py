@@ -1,0 +1,74 @@
+"""The comparison: what makes arms comparable, and the one number drawn from it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.config import ArmConfig
+from common.config_files import load
+from common.errors import RunStopped
+from common.records import read_jsonl
+from simulations.compare import POOLED, arm_config, gap_closed, run_arm, write_pooled
+from simulations.generate import federation as generator
+from simulations.layout import RunDirectory
+
+CONFIG = load("smoke")
+
+
+def test_gap_closed_by_hand() -> None:
+    assert gap_closed(8.0, 4.0, 2.0) == pytest.approx(0.5)
+    assert gap_closed(8.0, 2.0, 2.0) == pytest.approx(1.0)
+    assert gap_closed(8.0, 16.0, 2.0) == pytest.approx(-0.5)
+    assert gap_closed(8.0, 4.0, 8.0) is None
+    assert gap_closed(4.0, 2.0, 8.0) is None
+
+
+@given(st.floats(1.1, 1e3), st.floats(1.1, 1e3), st.floats(1.1, 1e3), st.floats(0.5, 2.0))
+def test_gap_closed_does_not_depend_on_the_unit_of_a_token(
+    local: float, federated: float, pooled: float, power: float
+) -> None:
+    """Perplexity per token or per word differ by a power; the share of the gap is the same."""
+    before, after = gap_closed(local, federated, pooled), gap_closed(local**power, federated**power, pooled**power)
+    if before is None or after is None or abs(math.log(local / pooled)) < 1e-3:
+        return
+    assert after == pytest.approx(before, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("arm", [POOLED, "riverside"])
+def test_an_arm_differs_from_the_federation_in_who_takes_part_and_in_what_was_tuned(arm: str) -> None:
+    tuned = replace(CONFIG, compare=replace(CONFIG.compare, local=ArmConfig(2, 3e-3), pooled=ArmConfig(16, 5e-4)))
+    mine = arm_config(tuned, arm)
+    expected = tuned.compare.pooled if arm == POOLED else tuned.compare.local
+    assert (mine.train.batch_size, mine.train.learning_rate) == (expected.batch_size, expected.learning_rate)
+    assert replace(mine.train, batch_size=4, learning_rate=1e-3) == replace(
+        tuned.train, batch_size=4, learning_rate=1e-3
+    )
+    assert mine.data.institutions == [arm]
+    for same in ("lora", "model", "quantise", "evaluation", "seed"):
+        assert getattr(mine, same) == getattr(tuned, same)
+    assert (mine.federation.rounds, mine.federation.method) == (tuned.federation.rounds, tuned.federation.method)
+
+
+def test_pooled_holds_everybodys_training_records_and_no_test_record(tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path)
+    federation = generator.generate(CONFIG.data)
+    generator.write(federation, directory.records(CONFIG))
+    write_pooled(CONFIG, directory)
+    pooled = read_jsonl(directory.arms / "data" / POOLED / "train.jsonl")
+    assert sorted(map(repr, pooled)) == sorted(
+        repr(record) for splits in federation.institutions.values() for record in splits.train
+    )
+    held_out = {record for splits in federation.institutions.values() for record in (*splits.validation, *splits.test)}
+    assert not held_out & set(pooled)
+
+
+def test_an_arm_that_diverges_stops_with_words(tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path)
+    generator.write(generator.generate(CONFIG.data), directory.records(CONFIG))
+    wild = replace(CONFIG, compare=replace(CONFIG.compare, local=ArmConfig(4, 1e30)))
+    with pytest.raises(RunStopped, match="void"):
+        run_arm(wild, directory, "riverside")
