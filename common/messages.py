@@ -69,7 +69,9 @@ def _has_type(value: Any, kind: Any) -> bool:
         return isinstance(value, origin) and all(_has_type(part, get_args(kind)[0]) for part in value)
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
+    if isinstance(value, int):  # JSON's have no end; numpy's and torch's do
+        return kind in (int, float) and -(2**63) <= value < 2**63
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True)

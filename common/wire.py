@@ -88,7 +88,7 @@ def _read(kind: str, fields: dict[str, Any], arrays: Mapping[str, NDArray[Any]])
                 raise ValueError("expected the digest of a plan")
             return Contribution(fields["plan_digest"], _vector(arrays, np.uint32))
         case "Refused":
-            refused = built(Refused, {**fields, "parts": tuple(fields["parts"])})
+            refused = built(Refused, {**fields, "parts": _tuple(fields["parts"])})
             if refused.reason not in REASONS or not set(refused.parts) <= set(Fingerprint.PARTS):
                 raise ValueError("unknown reason code or part of a base model")
             if refused.name:
@@ -104,7 +104,7 @@ def _with_fingerprint(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _plan(fields: dict[str, Any]) -> Plan:
     settings = Settings.from_json(fields["settings"])
-    plan = built(Plan, {**_with_fingerprint(fields), "cohort": tuple(fields["cohort"]), "settings": settings})
+    plan = built(Plan, {**_with_fingerprint(fields), "cohort": _tuple(fields["cohort"]), "settings": settings})
     for name in (plan.run, *plan.cohort):
         _require_word(name)
     if plan.round < 1 or plan.parameters < 0 or len(set(plan.cohort)) < len(plan.cohort):
@@ -112,10 +112,17 @@ def _plan(fields: dict[str, Any]) -> Plan:
     return plan
 
 
-def _shape(found: Any) -> tuple[int, ...]:
-    if not isinstance(found, list) or len(found) != 2 or not all(type(size) is int for size in found):
-        raise ValueError("expected the two sizes of a factor")
+def _tuple(found: Any) -> tuple[Any, ...]:
+    if not isinstance(found, list):
+        raise ValueError(f"expected a list, found {type(found).__name__}")
     return tuple(found)
+
+
+def _shape(found: Any) -> tuple[int, ...]:
+    shape = _tuple(found)
+    if len(shape) != 2 or not all(type(size) is int for size in shape):
+        raise ValueError("expected the two sizes of a factor")
+    return shape
 
 
 def _require_word(text: str) -> None:

@@ -66,7 +66,7 @@ def latest(directory: Path, config_digest: str) -> Progress | None:
     for file in files:
         try:
             return _read(file, config_digest)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             unreadable = error
     if files:
         raise StorageError(f"no checkpoint in {directory} can be read ({unreadable}); start a new run")

@@ -18,7 +18,7 @@ from common.config import Config
 from common.errors import RunStopped
 from common.evaluation import Scores, evaluate
 from common.files import append_line, write_text
-from common.messages import PROTOCOL, Hello, Introduction, Refused
+from common.messages import NOT_INVITED, PROTOCOL, Hello, Introduction, Refused
 from common.models import LoraModel, fingerprint, load, save_adapter
 from common.records import read_jsonl
 from common.text import Example, tokenise
@@ -130,22 +130,30 @@ def coordinate(
 
 
 def _meet(config: Config, members: Roster, observer: Observer) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The roster of those who can take part, and who cannot with the reason."""
+    """The roster of those who can take part, and who cannot with the reason.
+
+    Whoever is not among `data.institutions` stays outside: the sum is laid out for them, and counted by them.
+    """
     hello = Hello(PROTOCOL, config.model.path, fingerprint(config.model.path))
     answers = members.meet(hello, len(config.data.institutions), config.federation.timeout_s)
+    roster: list[str] = []
     refused: dict[str, str] = {}
-    for name, answer in answers.items():
-        if isinstance(answer, Refused):
-            refused[name] = " ".join((answer.reason, *answer.parts))
-            log.warning("%s does not take part: %s", name, refused[name])
-            observer.on_refusal(name, answer)
-    roster = tuple(sorted(set(answers) - set(refused)))
+    for found, answer in sorted(answers.items()):
+        if isinstance(answer, Introduction) and found in config.data.institutions:
+            roster.append(found)
+            continue
+        said = answer if isinstance(answer, Refused) else Refused(NOT_INVITED, found)
+        # Nodes have numbers only; who says no is known by the name it gives, unless that is somebody's already.
+        name = said.name if said.name and said.name not in {*answers, *refused} else found
+        refused[name] = " ".join((said.reason, *said.parts))
+        log.warning("%s does not take part: %s", name, refused[name])
+        observer.on_refusal(name, said)
     if len(roster) < config.federation.min_cohort:
-        said = "; ".join(f"{name}: {reason}" for name, reason in sorted(refused.items())) or "nobody answered"
+        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(refused.items())) or "nobody answered"
         raise RunStopped(
-            f"{len(roster)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: {said}"
+            f"{len(roster)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: {why}"
         )
-    return roster, refused
+    return tuple(roster), refused
 
 
 def _rewrite_metrics(file: Path, progress: Progress) -> None:

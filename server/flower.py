@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from common.errors import Refusal, RunStopped
+from common.errors import RunStopped
 from common.flower import HELLO, ROUND, from_records, to_records
 from common.messages import INTERNAL_ERROR, MALFORMED, TIMED_OUT, Hello, Introduction, Refused, Reply, Request
 from common.wire import from_wire, to_wire
 
+log = logging.getLogger("silotune.server")
+
 _POLL_S = 0.02
+_NO_ANSWER = frozenset({3, 4, 5})  # Flower's codes for a message, a reply or a node that is not there (any more)
 
 
 class FlowerMembers:
@@ -38,6 +42,7 @@ class FlowerMembers:
         while len(nodes := sorted(self._grid.get_node_ids())) < expected and time.monotonic() < end:
             self._pause()
         answers: dict[str, Introduction | Refused] = {}
+        self._nodes = {}
         for node, reply in self._exchange([(node, hello) for node in nodes], timeout_s):
             if isinstance(reply, Introduction) and reply.name not in self._nodes:
                 self._nodes[reply.name] = node
@@ -71,7 +76,9 @@ class FlowerMembers:
                     exhausted = True
                     break
                 kind = HELLO if isinstance(request, Hello) else ROUND
-                message = Message(to_records(to_wire(request)), dst_node_id=node, message_type=kind, ttl=timeout_s)
+                # Nobody shall train for a round that no longer waits.
+                ttl = max(end - time.monotonic(), _POLL_S)
+                message = Message(to_records(to_wire(request)), dst_node_id=node, message_type=kind, ttl=ttl)
                 pushed = list(self._grid.push_messages([message]))
                 if pushed:
                     waiting[pushed[0]] = node
@@ -93,9 +100,10 @@ class FlowerMembers:
 def _reply(message: Message) -> Reply:
     """Our form of a reply; a crash in Flower's own machinery, or what cannot be read, counts as a refusal."""
     if message.has_error():
-        return Refused(INTERNAL_ERROR)
+        return Refused(TIMED_OUT if message.error.code in _NO_ANSWER else INTERNAL_ERROR)
     try:
         reply = from_wire(from_records(message.content))
-    except Refusal:
+    except Exception as error:  # no reply, however wrong, may end a run
+        log.warning("node %d sent what cannot be read: %s", message.metadata.src_node_id, error)
         return Refused(MALFORMED)
     return reply if isinstance(reply, Reply) else Refused(MALFORMED)

@@ -192,9 +192,8 @@ def _collect(
 ) -> tuple[RunningSum, dict[str, str]]:
     """Adds each vector to the sum as it arrives and forgets it; names who refused, with the reason code."""
     total, refused = RunningSum(plan.layout), {}
-    digest, answered = plan.digest(), 0
+    digest = plan.digest()
     for name, reply in members.ask({name: TrainRequest(plan, adapter) for name in plan.cohort}, timeout_s):
-        answered += 1
         clock.lap("train")
         if isinstance(reply, Contribution) and reply.plan_digest == digest:
             try:
@@ -207,7 +206,7 @@ def _collect(
             log.warning("round %d: %s did not contribute: %s", plan.round, name, refused[name])
         del reply  # before the next one comes, so that no two vectors are held
         clock.lap("aggregate")
-        on_reply(plan.round, answered, len(plan.cohort))
+        on_reply(plan.round, total.count + len(refused), len(plan.cohort))
     return total, refused
 
 

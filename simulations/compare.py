@@ -44,7 +44,10 @@ class ArmScores:
 
 
 def arm_config(config: Config, arm: str) -> Config:
-    """The configuration of a reference arm: `pooled` or an institution's name."""
+    """The configuration of a reference arm: `pooled` or an institution's name.
+
+    Between rounds an arm is scored by perplexity alone, which is what the published round is chosen by.
+    """
     tuned: ArmConfig = config.compare.pooled if arm == POOLED else config.compare.local
     return replace(
         config,
@@ -57,6 +60,7 @@ def arm_config(config: Config, arm: str) -> Config:
             min_cohort=1,
             server_optimizer=replace(config.federation.server_optimizer, name="fedavg", learning_rate=1.0),
         ),
+        evaluation=replace(config.evaluation, exact=[], institutions=False),
         simulation=replace(config.simulation, faults=[]),
     )
 

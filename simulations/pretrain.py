@@ -79,6 +79,7 @@ def pretrain(
     """
     import torch
 
+    _claim(out)
     started = time.monotonic()
     steps = STEPS if steps is None else steps
     threads_before, deterministic_before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -255,11 +256,20 @@ def _mean_loss(model: LlamaForCausalLM, batch: list[list[int]]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> str:
-    """Writes beside `out` first, so that a failure leaves no half model; returns the digest of the weights."""
+def _claim(out: Path) -> None:
+    """Makes `out` and tries to write there: better refused now than after minutes of training."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write a model to {out}: {error.strerror}; choose another --out") from error
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> str:
+    """Writes to a folder within `out` first, so that a full disk leaves no half model; returns the weights' digest."""
+    try:
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             digest = hashlib.sha256((Path(scratch) / WEIGHTS_FILE).read_bytes()).hexdigest()

@@ -86,9 +86,7 @@ def records(request: Request) -> RecordDict:
     return to_records(to_wire(request))
 
 
-def test_hello_is_answered_with_an_introduction(
-    institution: Callable[..., Institution], base_model: str
-) -> None:
+def test_hello_is_answered_with_an_introduction(institution: Callable[..., Institution], base_model: str) -> None:
     app = build_client_app(lambda _: institution())
     answer = ask(app, records(Hello(PROTOCOL, base_model, fingerprint(base_model))), HELLO)
     assert isinstance(answer, Introduction)
@@ -108,9 +106,7 @@ def test_a_round_is_answered_as_the_institution_itself_would(
     assert np.array_equal(answer.vector, direct.vector)
 
 
-def test_the_institution_is_found_by_the_context(
-    institution: Callable[..., Institution], base_model: str
-) -> None:
+def test_the_institution_is_found_by_the_context(institution: Callable[..., Institution], base_model: str) -> None:
     seen: list[int | str] = []
 
     def find(found: Context) -> Institution:
@@ -165,7 +161,9 @@ MALFORMED_CONTENT = [
     pytest.param(lambda wire: altered(wire, text="{"), id="no JSON"),
     pytest.param(lambda wire: altered(wire, text="[1]"), id="JSON of another shape"),
     pytest.param(lambda wire: altered(wire, text="[" * 100_000), id="deep JSON"),
-    pytest.param(lambda wire: altered(wire, text=wire.text.replace("weight_unit", "weight_onit")), id="unknown setting"),
+    pytest.param(
+        lambda wire: altered(wire, text=wire.text.replace("weight_unit", "weight_onit")), id="unknown setting"
+    ),
     pytest.param(lambda wire: altered(wire, arrays={}), id="no adapter"),
     pytest.param(lambda wire: altered(wire, arrays={"array": wire.arrays["array"][:-1]}), id="short adapter"),
     pytest.param(lambda wire: altered(wire, arrays={"array": wire.arrays["array"].astype("f8")}), id="float64"),
@@ -217,6 +215,6 @@ def test_only_the_two_kinds_of_message_are_heard(institution: Callable[..., Inst
     app = build_client_app(lambda _: institution())
     hello = records(Hello(PROTOCOL, base_model, fingerprint(base_model)))
     for kind in ("evaluate", "train", "query", "train.other"):
-        with pytest.raises(ValueError, match="No .* function registered") as raised:
+        with pytest.raises(ValueError, match=r"No .* function registered") as raised:
             app(message(hello, kind), context())
         assert SECRET not in str(raised.value)

@@ -71,7 +71,7 @@ def files_below(directory: Path) -> dict[str, bytes]:
     return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
 
 
-# ---- hello --------------------------------------------------------------------------------------------------------
+# ---- hello ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_base_model_is_greeted_with_a_name(institution: Make, base_model: str) -> None:
@@ -95,15 +95,13 @@ def test_another_base_model_is_refused_by_the_name_of_what_differs(
     assert institution().answer(TrainRequest(make_plan(config, start, fingerprint=other), start)) == expected
 
 
-def test_weights_of_another_seed_are_another_base_model(
-    institution: Make, base_model: str, tmp_path: Path
-) -> None:
+def test_weights_of_another_seed_are_another_base_model(institution: Make, base_model: str, tmp_path: Path) -> None:
     other = str(write_base_model(tmp_path / "other-base", seed=99))
     answer = institution(model=other).answer(Hello(PROTOCOL, base_model, fingerprint(base_model)))
     assert answer == Refused(BASE_MODEL_DIFFERS, "alder", ("weights",))
 
 
-# ---- refusals in a round --------------------------------------------------------------------------------------------
+# ---- refusals in a round -------------------------------------------------------------------------------------------
 
 
 def longer(adapter: Adapter) -> Adapter:
@@ -167,16 +165,12 @@ def test_a_round_that_the_run_does_not_have_is_refused_and_leaves_the_others_pos
     assert isinstance(member.answer(TrainRequest(make_plan(config, start), start)), Contribution)
 
 
-def test_a_plan_whose_sum_would_not_fit_the_ring_is_refused(
-    institution: Make, config: Config, start: Adapter
-) -> None:
+def test_a_plan_whose_sum_would_not_fit_the_ring_is_refused(institution: Make, config: Config, start: Adapter) -> None:
     plan = make_plan(replace(config, quantise=QuantiseConfig(bits=24, weight_bits=8)), start)
     assert institution().answer(TrainRequest(plan, start)) == Refused(MALFORMED, "alder")
 
 
-def test_a_plan_with_another_length_of_the_update_is_refused(
-    institution: Make, config: Config, start: Adapter
-) -> None:
+def test_a_plan_with_another_length_of_the_update_is_refused(institution: Make, config: Config, start: Adapter) -> None:
     member = institution()
     plan = make_plan(config, start)
     answer = member.answer(TrainRequest(replace(plan, parameters=plan.parameters + 1), start))
@@ -269,11 +263,16 @@ def test_no_plan_makes_an_institution_raise_or_write_outside_its_home(
     assert {n: d for n, d in files_below(tmp_path).items() if not n.startswith("alder/home")} == outside
 
 
-# ---- what leaves ----------------------------------------------------------------------------------------------------
+# ---- what leaves ---------------------------------------------------------------------------------------------------
 
 
 def expected_round(
-    member: Institution, model: LoraModel, config: Config, start: Adapter, number: int = 1, state: LocalState | None = None
+    member: Institution,
+    model: LoraModel,
+    config: Config,
+    start: Adapter,
+    number: int = 1,
+    state: LocalState | None = None,
 ) -> tuple[Trained, int]:
     """Training as the institution should do it, and the supervised tokens of its validation records."""
     examples = [tokenise(record, model.tokenizer, 48) for record in make_records(6, member.name)]
@@ -399,7 +398,7 @@ def test_a_changed_file_of_records_is_read_again(institution: Make, config: Conf
     assert weight() == 8
 
 
-# ---- void updates ---------------------------------------------------------------------------------------------------
+# ---- void updates --------------------------------------------------------------------------------------------------
 
 
 def nan_somewhere(trained: Trained, plan: Plan) -> Trained:
@@ -448,9 +447,7 @@ def test_an_unusable_update_leaves_as_zeros_and_is_forgotten_at_home(
     assert np.array_equal(then.vector, elsewhere.vector)
 
 
-def test_a_void_round_after_a_good_one_keeps_the_good_state(
-    institution: Make, config: Config, start: Adapter
-) -> None:
+def test_a_void_round_after_a_good_one_keeps_the_good_state(institution: Make, config: Config, start: Adapter) -> None:
     member = institution()
     member.answer(TrainRequest(make_plan(config, start, 1), start))
     state = files_below(member.home / "tiny-run" / "state")
@@ -469,7 +466,7 @@ def test_a_global_adapter_that_is_not_finite_gives_a_void_vector(
     assert np.array_equal(answer.vector, fixed_point.void(plan.layout))
 
 
-# ---- what stays -----------------------------------------------------------------------------------------------------
+# ---- what stays ----------------------------------------------------------------------------------------------------
 
 
 def test_private_numbers_are_written_in_its_own_home_only(
@@ -579,9 +576,7 @@ def test_a_broken_state_is_refused_not_forgotten(institution: Make, config: Conf
     assert member.answer(TrainRequest(make_plan(config, start, 2), start)) == Refused(INTERNAL_ERROR, "alder")
 
 
-def test_a_record_longer_than_max_tokens_still_trains(
-    institution: Make, config: Config, start: Adapter
-) -> None:
+def test_a_record_longer_than_max_tokens_still_trains(institution: Make, config: Config, start: Adapter) -> None:
     member = institution()
     write_jsonl(member.data / "train.jsonl", [Record("cold " * 90, "tea " * 90, "p", "coding")] * 2)
     answer = member.answer(TrainRequest(make_plan(config, start), start))

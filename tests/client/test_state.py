@@ -121,7 +121,7 @@ def test_a_broken_file_is_an_error_that_says_what_to_do(tmp_path: Path, damage: 
     whole = file.read_bytes()
     file.write_bytes(damage(whole))  # type: ignore[operator]
     assert file.read_bytes() != whole
-    with pytest.raises(StorageError, match="round-00002.*restore it or start a new run"):
+    with pytest.raises(StorageError, match=r"round-00002.*restore it or start a new run"):
         store.before(3)
     assert_same(store.before(2), state(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -163,7 +164,7 @@ def test_a_stronger_pull_ends_nearer_to_the_start(
     assert distances[-1] < 0.7 * distances[0]
 
 
-def test_ffa_leaves_A_bit_identical_and_moves_every_B(
+def test_ffa_leaves_a_bit_identical_and_moves_every_b(
     dropout_model: LoraModel, examples: list[Example], start: Adapter
 ) -> None:
     *_, last = run(dropout_model, examples, start, replace(PLAIN, weight_decay=0.5), rounds=2, trained="ffa")
@@ -274,7 +275,7 @@ def test_slices_of_the_stream_join_up_and_every_pass_visits_every_record_once(
     records: int, cuts: list[int], seed: int
 ) -> None:
     cuts = sorted({0, *cuts})
-    stream = [i for a, b in zip(cuts, cuts[1:], strict=False) for i in order(records, a, b, seed, "alder")]
+    stream = [i for a, b in itertools.pairwise(cuts) for i in order(records, a, b, seed, "alder")]
     assert stream == order(records, 0, cuts[-1], seed, "alder")
     assert len(stream) == cuts[-1]
     for first in range(0, len(stream) - records + 1, records):

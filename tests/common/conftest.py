@@ -101,7 +101,7 @@ def models_by_path() -> dict[Path, LoraModel]:
 
 
 @pytest.fixture
-def model(base_path: Path, models_by_path: dict[Path, LoraModel]) -> LoraModel:
+def model(base_path: Path, models_by_path: dict[Path, LoraModel], random_adapter: Callable[..., Adapter]) -> LoraModel:
     """A LoRA model over each base, loaded once, with an adapter that has an effect."""
     if base_path not in models_by_path:
         models_by_path[base_path] = load(str(base_path), LORA, seed=1)
@@ -137,16 +137,24 @@ def copy_of(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
     load_tokenizer.cache_clear()
 
 
-def random_adapter(like: Adapter, seed: int, scale: float = 0.3) -> Adapter:
-    """An adapter of the same form with random factors, B included."""
-    rng = np.random.default_rng(seed)
-    return Adapter({key: rng.normal(0, scale, factor.shape) for key, factor in like.factors.items()})
+@pytest.fixture(scope="session")
+def random_adapter() -> Callable[..., Adapter]:
+    """Makes an adapter of the same form as another, with random factors, B included."""
+
+    def make(like: Adapter, seed: int, scale: float = 0.3) -> Adapter:
+        rng = np.random.default_rng(seed)
+        return Adapter({key: rng.normal(0, scale, factor.shape) for key, factor in like.factors.items()})
+
+    return make
 
 
-def random_examples(lengths: Sequence[int], seed: int = 3, prompt: float = 0.5) -> list[Example]:
-    """Documents of random ordinary tokens; about the share `prompt` of each is not supervised."""
-    rng = np.random.default_rng(seed)
-    return [
-        Example((0, *(int(token) for token in rng.integers(3, 290, length - 1))), max(1, int(length * prompt)), "x", "")
-        for length in lengths
-    ]
+@pytest.fixture(scope="session")
+def random_examples() -> Callable[..., list[Example]]:
+    """Makes documents of random ordinary tokens; about the share `prompt` of each is not supervised."""
+
+    def make(lengths: Sequence[int], seed: int = 3, prompt: float = 0.5) -> list[Example]:
+        rng = np.random.default_rng(seed)
+        tokens = [tuple(int(token) for token in rng.integers(3, 290, length - 1)) for length in lengths]
+        return [Example((0, *ids), max(1, int((len(ids) + 1) * prompt)), "x", "") for ids in tokens]
+
+    return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,11 @@ def test_supervised_is_exactly_the_completion_and_its_end(
     prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     example = tokenise(Record(prompt, completion, "p", "note"), tokenizer, ROOM)
-    start, given, supervised = example.ids[0], example.ids[1 : example.prompt_tokens], example.ids[example.prompt_tokens :]
+    start, given, supervised = (
+        example.ids[0],
+        example.ids[1 : example.prompt_tokens],
+        example.ids[example.prompt_tokens :],
+    )
     assert start == BOS
     assert tokenizer.decode(list(given)) == prompt + "\n"
     assert tokenizer.decode(list(supervised[:-1])) == completion
@@ -43,7 +49,9 @@ def test_supervised_is_exactly_the_completion_and_its_end(
 
 
 @given(completion=completions)
-def test_the_prompt_has_the_same_tokens_whatever_is_answered(completion: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_prompt_has_the_same_tokens_whatever_is_answered(
+    completion: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     alone = tokenise(Record("has a", "x", "p"), tokenizer, ROOM)
     example = tokenise(Record("has a", completion, "p"), tokenizer, ROOM)
     assert example.ids[: example.prompt_tokens] == alone.ids[: alone.prompt_tokens]
@@ -67,7 +75,9 @@ def test_without_a_begin_token_the_first_token_cannot_be_predicted(
 
 
 @pytest.mark.parametrize("text", ["</s>", "a </s> b", "<s><pad></s>"])
-def test_a_special_token_spelled_out_in_a_record_is_ordinary_text(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_special_token_spelled_out_in_a_record_is_ordinary_text(
+    text: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     example = tokenise(Record(text, text, "p"), tokenizer, ROOM)
     assert [token for token in example.ids if token < 3] == [BOS, EOS]
     assert tokenizer.decode(list(example.ids[example.prompt_tokens : -1])) == text
@@ -113,5 +123,5 @@ def test_packs_keep_order_and_fill_rows_up_to_the_limit(found: list[Example], mo
     assert [token for row in rows for token in row.ids[0].tolist()] == [t for example in found for t in example.ids]
     assert [length for row in rows for length in row.lengths] == [len(example.ids) for example in found]
     assert all(sum(row.lengths) <= most or len(row.lengths) == 1 for row in rows)
-    for row, after in zip(rows, rows[1:], strict=False):
+    for row, after in pairwise(rows):
         assert sum(row.lengths) + after.lengths[0] > most  # else the next document would have fitted

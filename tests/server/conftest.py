@@ -35,7 +35,9 @@ def small_adapter(seed: int = 1) -> Adapter:
     return Adapter({A: rng.standard_normal((2, 3)), B: np.zeros((4, 2))})
 
 
-def rounds_config(institutions: Sequence[str] = ROSTER, evaluation: EvaluationConfig | None = None, **federation: Any) -> Config:
+def rounds_config(
+    institutions: Sequence[str] = ROSTER, evaluation: EvaluationConfig | None = None, **federation: Any
+) -> Config:
     return Config(
         name="tiny",
         seed=4,

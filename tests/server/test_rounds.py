@@ -58,7 +58,7 @@ def moved(progress: Progress) -> np.ndarray:
     return flatten(progress.adapter.factors, start.factors) - flatten(start.factors, start.factors)
 
 
-# ---- who is asked ---------------------------------------------------------------------------------------------------
+# ---- who is asked --------------------------------------------------------------------------------------------------
 
 
 rosters = st.lists(st.text("abcxyz", min_size=1, max_size=4), min_size=1, max_size=12, unique=True)
@@ -98,7 +98,7 @@ def test_only_the_cohort_is_asked_and_only_its_sum_counts() -> None:
     assert progress.history[0].contributors == len(cohort) == 2
 
 
-# ---- the sum ---------------------------------------------------------------------------------------------------------
+# ---- the sum -------------------------------------------------------------------------------------------------------
 
 
 def test_the_mean_is_weighted_by_records() -> None:
@@ -115,7 +115,7 @@ def test_equal_weights_give_the_plain_mean() -> None:
     np.testing.assert_allclose(moved(progress), 0.125, rtol=0, atol=2**-19 + 2**-22)
 
 
-def test_ffa_moves_B_only() -> None:
+def test_ffa_moves_b_only() -> None:
     progress = play(rounds_config(method="ffa", rounds=2), RuleMembers())
     start = small_adapter()
     assert progress.adapter.factors[A].tobytes() == start.factors[A].tobytes()
@@ -237,7 +237,7 @@ def test_memory_does_not_grow_with_the_number_of_institutions() -> None:
     assert abs(peak(12) - peak(3)) < vector / 4
 
 
-# ---- who fails -------------------------------------------------------------------------------------------------------
+# ---- who fails -----------------------------------------------------------------------------------------------------
 
 
 def test_who_refuses_is_told_by_name_and_reason_and_the_round_goes_on() -> None:
@@ -285,7 +285,9 @@ def test_too_few_contributions_stop_the_run_and_say_who_and_why() -> None:
         return Refused(INTERNAL_ERROR) if broken else contribute(name, request)
 
     seen: list[Progress] = []
-    with pytest.raises(RunStopped, match=r"round 3: 1 institutions contributed.*min_cohort is 2.*alder: internal_error"):
+    with pytest.raises(
+        RunStopped, match=r"round 3: 1 institutions contributed.*min_cohort is 2.*alder: internal_error"
+    ):
         play(rounds_config(), RuleMembers(rule), on_round=seen.append)
     assert [progress.round for progress in seen] == [1, 2]
 
@@ -318,7 +320,7 @@ def test_a_round_of_void_updates_stops_the_run_and_keeps_the_last_good_adapter()
     assert np.isfinite(flatten(seen[-1].adapter.factors, seen[-1].adapter.factors)).all()
 
 
-# ---- what is recorded ------------------------------------------------------------------------------------------------
+# ---- what is recorded ----------------------------------------------------------------------------------------------
 
 
 def test_losses_are_means_over_everybodys_tokens() -> None:
@@ -360,7 +362,7 @@ def test_a_record_can_be_written_and_read_again() -> None:
         assert all(seconds >= 0 for seconds in record.seconds.values())
 
 
-# ---- evaluation, best round, early stop ------------------------------------------------------------------------------
+# ---- evaluation, best round, early stop ----------------------------------------------------------------------------
 
 
 def scripted(perplexities: Sequence[float]) -> Any:
@@ -433,7 +435,7 @@ def test_answers_are_told_as_they_come() -> None:
     assert told == [(1, 1, 4), (1, 2, 4), (1, 3, 4), (1, 4, 4)]
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["fedavg", "fedavgm", "fedadam"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common.config_files import load
 from common.errors import StorageError
 from common.records import Record
 from simulations import pretrain as pretraining
 from simulations.generate.domain import Domain
-from simulations.generate.federation import DOMAINS
+from simulations.generate.federation import DOMAINS, generate
 from simulations.pretrain import BATCH, batches, encode, held_out_perplexity, held_out_text, pretrain, training_text
 
 EMBEDDED = Path(__file__).parents[2] / "common" / "embedded"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are small: more threads would only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +96,10 @@ def test_a_document_is_encoded_as_records_are(tokenizer: Any) -> None:
 
 
 def test_each_document_is_in_one_batch() -> None:
-    encoded = [[i] * (1 + i % 7) for i in range(3 * BATCH)]
+    encoded = [[i] * (1 + i % 7) for i in range(8 * BATCH)]
     cut = list(batches(encoded, seed=1))
-    assert [len(batch) for batch in cut] == [BATCH] * 3
-    assert sorted(ids[0] for batch in cut for ids in batch) == list(range(3 * BATCH))
+    assert [len(batch) for batch in cut] == [BATCH] * 8
+    assert sorted(ids[0] for batch in cut for ids in batch) == list(range(8 * BATCH))
     assert cut != list(batches(encoded, seed=2))
 
 
@@ -121,9 +133,27 @@ def test_pretraining_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert held_out_perplexity(loaded, tokenizer, 5) == pytest.approx(one.perplexity, rel=1e-4)
 
 
-def test_a_file_in_the_way_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretraining, "_TOKENIZER_DOCUMENTS", 200)
-    monkeypatch.setattr(pretraining, "_HELD_OUT_DOCUMENTS", 8)
+def test_a_file_in_the_way_is_told_before_training(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("occupied")
     with pytest.raises(StorageError, match="choose another --out"):
-        pretrain(tmp_path / "out", seed=1, steps=1, threads=1)
+        pretrain(tmp_path / "out", seed=1, steps=1, threads=1, progress=lambda *_: pytest.fail("trained in vain"))
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_the_base_speaks_the_domains_language_but_does_not_know_their_rules(
+    name: str, model: Any, tokenizer: Any
+) -> None:
+    records = generate(load(name).data).coordinator.test
+    answers = [tokenizer(record.completion)["input_ids"] + [1] for record in records]
+    surprise, tokens, right = 0.0, 0, []
+    for record, ids, answer in zip(records, encode(tokenizer, list(records)), answers, strict=True):
+        with torch.inference_mode():
+            predicted = model(torch.tensor([ids])).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        surprise -= predicted.gather(1, torch.tensor(answer)[:, None]).sum().item()
+        tokens += len(answer)
+        if record.kind == DOMAINS[name].exact:
+            # Greedy generation gives the whole answer exactly if each of its tokens is the likeliest after those before.
+            right.append(predicted.argmax(-1).tolist() == answer)
+    assert 2 < math.exp(surprise / tokens) < 100
+    assert len(right) >= 40
+    assert sum(right) / len(right) < 0.1

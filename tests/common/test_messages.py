@@ -1,0 +1,146 @@
+"""Plans and settings: what an institution is told, and what of it a digest covers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from common.config import Config, FederationConfig, LoraConfig, QuantiseConfig, TrainConfig
+from common.errors import ConfigError
+from common.messages import REASONS, Plan, Settings, built
+from common.models import Fingerprint
+
+SETTINGS = Settings.of(Config(seed=7))
+PLAN = Plan("run-1", 2, ("north", "south"), 12, "ab" * 32, Fingerprint("c", "w", "t"), SETTINGS)
+
+
+def test_settings_are_taken_from_the_configuration() -> None:
+    config = Config(seed=9, federation=FederationConfig(rounds=3, method="ffa", weighting="uniform", weight_unit=2))
+    settings = Settings.of(config)
+    assert (settings.seed, settings.rounds, settings.method) == (9, 3, "ffa")
+    assert (settings.weighting, settings.weight_unit, settings.model) == ("uniform", 2, "embedded")
+    assert (settings.lora, settings.train, settings.quantise) == (config.lora, config.train, config.quantise)
+
+
+def test_settings_come_back_from_their_text() -> None:
+    settings = replace(SETTINGS, lora=LoraConfig(rank=3, alpha=1e-7, target_modules=["a.b", "c"]), method="new-in-2027")
+    assert Settings.from_json(settings.to_json()) == settings
+    assert Settings.from_json(settings.to_json()).to_json() == settings.to_json()
+    assert settings.to_json() != SETTINGS.to_json()
+
+
+def altered(path: str, value: object) -> str:
+    """The settings' text with one value replaced, or added."""
+    found = json.loads(SETTINGS.to_json())
+    *sections, key = path.split(".")
+    inner = found
+    for section in sections:
+        inner = inner[section]
+    inner[key] = value
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        "[" * 100_000,
+        altered("unknown", 1),
+        altered("lora.unknown", 1),
+        altered("lora", None),
+        altered("lora", []),
+        altered("train", {}),
+        altered("seed", "7"),
+        altered("seed", True),
+        altered("seed", 1.0),
+        altered("seed", -1),
+        altered("seed", 2**64),
+        altered("rounds", 0),
+        altered("evaluate", 1),
+        altered("weighting", "by-hand"),
+        altered("weight_unit", 0),
+        altered("method", None),
+        altered("lora.rank", "4"),
+        altered("lora.rank", 0),
+        altered("lora.alpha", float("nan")),
+        altered("lora.dropout", 1.0),
+        altered("lora.target_modules", "q_proj"),
+        altered("lora.target_modules", []),
+        altered("lora.target_modules", ["q_proj", 3]),
+        altered("train.learning_rate", float("inf")),
+        altered("train.learning_rate", 10**400),
+        altered("train.max_tokens", 1),
+        altered("train.optimizer_state", "burn"),
+        altered("quantise.clip", 0),
+        altered("quantise.bits", 1),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="settings of a plan cannot be"):
+        Settings.from_json(text)
+
+
+def test_a_whole_number_will_do_for_a_fraction() -> None:
+    assert Settings.from_json(altered("lora.alpha", 8)).lora.alpha == 8
+
+
+def other_values(value: object) -> object:
+    match value:
+        case Fingerprint():
+            return replace(value, weights="other")
+        case Settings():
+            return replace(value, train=replace(value.train, learning_rate=value.train.learning_rate * 2))
+        case tuple():
+            return value[::-1]
+        case int():
+            return value + 1
+        case _:
+            return f"{value}x"
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Plan)])
+def test_the_digest_covers_every_field_of_a_plan(name: str) -> None:
+    assert PLAN.digest() == replace(PLAN).digest()
+    assert replace(PLAN, **{name: other_values(getattr(PLAN, name))}).digest() != PLAN.digest()
+
+
+@pytest.mark.parametrize("section", ["lora", "train", "quantise"])
+def test_the_digest_covers_every_setting(section: str) -> None:
+    part = getattr(SETTINGS, section)
+    for name, value in asdict(part).items():
+        other = [*value, "x"] if isinstance(value, list) else f"{value}x" if isinstance(value, str) else value + 1
+        settings = replace(SETTINGS, **{section: replace(part, **{name: other})})
+        assert replace(PLAN, settings=settings).digest() != PLAN.digest(), name
+
+
+def test_the_layout_follows_from_the_plan() -> None:
+    layout = PLAN.layout
+    assert (layout.parameters, layout.members) == (12, 2)
+    assert (layout.clip, layout.bits, layout.weight_bits) == (1.0, 20, 8)
+    wide = replace(PLAN, settings=replace(SETTINGS, quantise=QuantiseConfig(bits=25, weight_bits=8)))
+    with pytest.raises(ConfigError, match="need 34 bits"):
+        _ = wide.layout
+    with pytest.raises(ConfigError, match="1 institution"):
+        _ = replace(PLAN, cohort=()).layout
+
+
+def test_built_takes_all_fields_of_their_types_and_no_others() -> None:
+    values = asdict(TrainConfig())
+    assert built(TrainConfig, values) == TrainConfig()
+    with pytest.raises(TypeError):
+        built(TrainConfig, {**values, "unknown": 1})
+    with pytest.raises(TypeError, match=r"TrainConfig\.warmup: expected float"):
+        built(TrainConfig, {key: value for key, value in values.items() if key != "warmup"})
+    with pytest.raises(TypeError, match=r"TrainConfig\.batch_size: expected int, found 2\.0"):
+        built(TrainConfig, {**values, "batch_size": 2.0})
+
+
+def test_reason_codes_are_single_words() -> None:
+    assert all(reason.replace("_", "").isalpha() and reason.islower() for reason in REASONS)
+    assert len(REASONS) == 10

@@ -1,0 +1,393 @@
+"""Messages as they travel: every one comes back as it was, and whatever else comes is refused as malformed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from common.adapter import Adapter
+from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
+from common.errors import Refusal
+from common.flower import from_records, to_records
+from common.messages import (
+    MALFORMED,
+    REASONS,
+    Contribution,
+    Hello,
+    Introduction,
+    Plan,
+    Refused,
+    Reply,
+    Request,
+    Settings,
+    TrainRequest,
+)
+from common.models import Fingerprint
+from common.wire import ARRAY, Wire, from_wire, to_wire
+
+Message = Request | Reply
+
+texts = st.text(max_size=20)  # surrogates included: a sender can put them into JSON
+words = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,15}", fullmatch=True)
+versions = st.integers(-(2**63), 2**63 - 1)
+positive = st.floats(1e-9, 1e9)
+shares = st.floats(0, 1, exclude_max=True)
+fingerprints = st.builds(Fingerprint, texts, texts, texts)
+settings_ = st.builds(
+    Settings,
+    model=texts,
+    seed=st.integers(0, 2**32 - 1),
+    rounds=st.integers(1, 10**6),
+    method=texts,
+    weighting=st.sampled_from(["records", "uniform"]),
+    weight_unit=st.integers(1, 1000),
+    evaluate=st.booleans(),
+    lora=st.builds(
+        LoraConfig,
+        rank=st.integers(1, 64),
+        alpha=positive,
+        dropout=shares,
+        target_modules=st.lists(st.sampled_from(["q_proj", "k_proj", "mlp.up_proj"]), min_size=1, unique=True),
+    ),
+    train=st.builds(TrainConfig, passes_per_round=positive, learning_rate=positive, warmup=shares),
+    quantise=st.builds(QuantiseConfig, clip=positive, bits=st.integers(2, 30), weight_bits=st.integers(1, 29)),
+)
+plans = st.builds(
+    Plan,
+    run=words,
+    round=st.integers(1, 10**6),
+    cohort=st.lists(words, unique=True, max_size=5).map(tuple),
+    parameters=st.integers(0, 10**9),
+    adapter_digest=texts,
+    fingerprint=fingerprints,
+    settings=settings_,
+)
+matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=4))
+adapters = st.builds(Adapter, st.dictionaries(texts, matrices, max_size=4))
+vectors = hnp.arrays(np.uint32, st.integers(0, 50))
+messages = st.one_of(
+    st.builds(Hello, versions, texts, fingerprints),
+    st.builds(Introduction, words, versions, words, fingerprints),
+    st.builds(TrainRequest, plans, adapters),
+    st.builds(Contribution, texts, vectors),
+    st.builds(
+        Refused,
+        st.sampled_from(sorted(REASONS)),
+        st.one_of(st.just(""), words),
+        st.lists(st.sampled_from(Fingerprint.PARTS), unique=True).map(tuple),
+    ),
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+FINGERPRINT = Fingerprint("c", "w", "t")
+ADAPTER = Adapter({"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.zeros((4, 2))})
+PLAN = Plan("run-1", 2, ("north", "south"), 14, ADAPTER.digest(), FINGERPRINT, Settings.of(Config(seed=7)))
+EXAMPLES: dict[str, Message] = {
+    "Hello": Hello(1, "embedded", FINGERPRINT),
+    "Introduction": Introduction("north", 1, "0.1.0", FINGERPRINT),
+    "TrainRequest": TrainRequest(PLAN, ADAPTER),
+    "Contribution": Contribution(PLAN.digest(), np.arange(5, dtype=np.uint32)),
+    "Refused": Refused("base_model_differs", "north", ("weights",)),
+}
+
+
+def same(one: Message, other: Message) -> bool:
+    """Equality, with arrays bit for bit."""
+    match one, other:
+        case TrainRequest(), TrainRequest():
+            return one.plan == other.plan and one.adapter.digest() == other.adapter.digest()
+        case Contribution(), Contribution():
+            return one.plan_digest == other.plan_digest and (
+                (one.vector.dtype, one.vector.tobytes()) == (other.vector.dtype, other.vector.tobytes())
+            )
+    return one == other
+
+
+def assert_malformed(wire: Wire) -> None:
+    with pytest.raises(Refusal) as caught:
+        from_wire(wire)
+    assert caught.value.reason == MALFORMED
+
+
+# --- There and back ------------------------------------------------------------------------------------------------
+
+
+@given(messages)
+def test_every_message_comes_back_as_it_was(message: Message) -> None:
+    wire = to_wire(message)
+    assert wire.kind == type(message).__name__
+    assert all(array.ndim == 1 for array in wire.arrays.values())
+    assert same(from_wire(wire), message)
+    if isinstance(message, TrainRequest):
+        found = from_wire(wire)
+        assert isinstance(found, TrainRequest)
+        assert found.plan.digest() == message.plan.digest()  # by which a contribution says what it answers
+
+
+@given(messages.filter(lambda message: "\\ud" not in to_wire(message).text))  # Flower's own text is UTF-8
+def test_and_through_flowers_records(message: Message) -> None:
+    records = to_records(to_wire(message))
+    again = RecordDict.inflate(records.deflate(), children=inflated(records))
+    assert same(from_wire(from_records(again)), message)
+
+
+def inflated(found: Any) -> dict[str, Any]:
+    """The parts of a record as Flower rebuilds them on the other side of a network, from bytes alone."""
+    return {
+        name: type(child).inflate(child.deflate(), children=inflated(child))
+        for name, child in (found.children or {}).items()
+    }
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_the_examples_are_of_every_kind(kind: str) -> None:
+    assert same(from_wire(to_wire(EXAMPLES[kind])), EXAMPLES[kind])
+
+
+def test_a_contribution_is_one_array_and_a_digest() -> None:
+    """Nothing that an institution computes from its data travels beside the vector."""
+    wire = to_wire(EXAMPLES["Contribution"])
+    assert json.loads(wire.text) == {"plan_digest": PLAN.digest()}
+    assert list(wire.arrays) == [ARRAY]
+    assert wire.arrays[ARRAY].dtype == np.uint32
+
+
+# --- What to_wire does not write -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["", "hello", "Hello ", "Request", "dict", "Plan", "\ud800", "x" * 10_000])
+def test_unknown_kinds_are_malformed(kind: str) -> None:
+    assert_malformed(replace(to_wire(EXAMPLES["Hello"]), kind=kind))
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "true", "7", '"text"', "[]", "[[]]", "{}", "[" * 100_000, "9" * 5000]
+)
+def test_text_of_another_form_is_malformed(kind: str, text: str) -> None:
+    assert_malformed(replace(to_wire(EXAMPLES[kind]), text=text))
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("other", EXAMPLES)
+def test_a_message_under_another_name_is_malformed(kind: str, other: str) -> None:
+    if kind != other:
+        assert_malformed(replace(to_wire(EXAMPLES[kind]), kind=other))
+
+
+@given(st.sampled_from(sorted(EXAMPLES)), anything)
+def test_arbitrary_json_is_malformed(kind: str, value: Any) -> None:
+    assert_malformed(replace(to_wire(EXAMPLES[kind]), text=json.dumps(value)))
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, part in inner for found in paths(part, (*path, key)))]
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """The JSON value with another part at `path`; the settings' own text is opened on the way."""
+    if not path:
+        return new
+    key, *rest = path
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[key] = put(copy[key], tuple(rest), new)
+    return copy
+
+
+def opened(wire: Wire) -> Any:
+    """The text as JSON, with the settings inside a plan as JSON too."""
+    fields = json.loads(wire.text)
+    if wire.kind == "TrainRequest":
+        fields["plan"]["settings"] = json.loads(fields["plan"]["settings"])
+    return fields
+
+
+def closed(kind: str, fields: Any) -> str:
+    plan = fields.get("plan") if kind == "TrainRequest" and isinstance(fields, dict) else None
+    if isinstance(plan, dict) and "settings" in plan:
+        fields = {**fields, "plan": {**plan, "settings": json.dumps(plan["settings"])}}
+    return json.dumps(fields)
+
+
+@given(st.sampled_from(sorted(EXAMPLES)), anything, st.data())
+def test_what_is_read_is_exactly_what_was_said_or_refused(kind: str, value: Any, data: st.DataObject) -> None:
+    """Any part of any message replaced by anything: nothing is guessed, converted, filled in or passed over."""
+    wire = to_wire(EXAMPLES[kind])
+    before = opened(wire)
+    fields = put(before, data.draw(st.sampled_from(paths(before))), value)
+    try:
+        message = from_wire(replace(wire, text=closed(kind, fields)))
+    except Refusal as refusal:
+        told = refusal.reason
+    else:
+        told = opened(to_wire(message))
+    assert told in (MALFORMED, fields)
+
+
+@given(st.sampled_from(sorted(EXAMPLES)), st.data())
+def test_a_missing_or_additional_field_is_malformed(kind: str, data: st.DataObject) -> None:
+    wire = to_wire(EXAMPLES[kind])
+    fields = opened(wire)
+    objects = [path for path in paths(fields) if isinstance(at(fields, path), dict) and path != ("shapes",)]
+    path = data.draw(st.sampled_from(objects))
+    values = dict(at(fields, path))
+    if data.draw(st.booleans()):
+        values["additional"] = data.draw(anything)
+    else:
+        del values[data.draw(st.sampled_from(sorted(values)))]
+    assert_malformed(replace(wire, text=closed(kind, put(fields, path, values))))
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def changed(kind: str, path: tuple[Any, ...], value: Any) -> Wire:
+    wire = to_wire(EXAMPLES[kind])
+    return replace(wire, text=closed(kind, put(opened(wire), path, value)))
+
+
+HOSTILE_NAMES = [
+    "",
+    " ",
+    ".",
+    "..",
+    "../north",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "north\n",
+    "no\nrth",
+    "\x1b[31mnorth",
+    "[red]north",
+    "<b>",
+    "nörth",
+    "\u202enorth",
+    "\ud800",
+    "a\0b",
+    "-rf",
+    "n" * 201,
+    None,
+    7,
+    True,
+    [],
+    ["north"],
+    {},
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("Introduction", ("name",)),
+        ("Introduction", ("version",)),
+        ("Refused", ("name",)),
+        ("TrainRequest", ("plan", "run")),
+        ("TrainRequest", ("plan", "cohort", 0)),
+    ],
+)
+def test_names_that_mean_something_in_a_path_a_log_or_a_page_are_malformed(
+    kind: str, path: tuple[Any, ...], name: Any
+) -> None:
+    if (kind, name) == ("Refused", ""):  # says that the name is not known yet
+        assert from_wire(changed(kind, path, name)) == replace(EXAMPLES[kind], name="")
+    else:
+        assert_malformed(changed(kind, path, name))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("reason",), "because"),
+        (("reason",), "patient 17 is ill"),
+        (("reason",), ""),
+        (("reason",), ["malformed"]),
+        (("reason",), None),
+        (("parts",), ["diagnoses"]),
+        (("parts",), "weights"),
+        (("parts",), [["weights"]]),
+        (("parts",), [7]),
+        (("parts",), None),
+    ],
+)
+def test_a_refusal_says_nothing_but_known_words(path: tuple[Any, ...], value: Any) -> None:
+    assert_malformed(changed("Refused", path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("plan", "round"), 0),
+        (("plan", "round"), 2.0),
+        (("plan", "round"), "2"),
+        (("plan", "parameters"), -1),
+        (("plan", "cohort"), ["north", "north"]),
+        (("plan", "cohort"), "north"),
+        (("plan", "cohort"), {"north": 1}),
+        (("plan", "fingerprint"), {"config": "c", "weights": "w"}),
+        (("plan", "fingerprint", "weights"), 7),
+        (("plan", "settings"), "{}"),
+        (("plan", "settings", "train", "learning_rate"), float("nan")),
+        (("plan", "settings", "lora", "rank"), 10**400),
+        (("shapes",), []),
+        (("shapes",), {}),
+        (("shapes", "q.lora_A.weight"), [3, 3]),
+        (("shapes", "q.lora_A.weight"), [6]),
+        (("shapes", "q.lora_A.weight"), [2, 3, 1]),
+        (("shapes", "q.lora_A.weight"), "23"),
+        (("shapes", "q.lora_A.weight"), [2.0, 3]),
+        (("shapes", "q.lora_A.weight"), [-2, -3]),
+        (("shapes", "q.lora_A.weight"), [10**12, 10**5]),  # would be 400 petabytes
+        (("shapes", "q.lora_A.weight"), [2**62, 2**62]),
+        (("shapes", "q.lora_A.weight"), [10**400, 0]),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)
+def test_plans_and_shapes_that_cannot_be_meant_are_malformed(path: tuple[Any, ...], value: Any) -> None:
+    assert_malformed(changed("TrainRequest", path, value))
+
+
+@pytest.mark.parametrize("kind", ["TrainRequest", "Contribution"])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda good: {},
+        lambda good: {"other": good},
+        lambda good: {ARRAY: good[None]},
+        lambda good: {ARRAY: good[0]},
+        lambda good: {ARRAY: good.astype(np.float64)},
+        lambda good: {ARRAY: good.astype(np.int32)},
+        lambda good: {ARRAY: good.astype(np.uint64)},
+        lambda good: {ARRAY: good.astype(good.dtype.newbyteorder(">"))},
+        lambda good: {ARRAY: good.astype(object)},
+        lambda good: {ARRAY: good.astype(str)},
+        lambda good: {ARRAY: good.tolist()},
+        lambda good: {ARRAY: None},
+    ],
+)
+def test_arrays_of_another_form_are_malformed(kind: str, hostile: Callable[[Any], Mapping[str, Any]]) -> None:
+    wire = to_wire(EXAMPLES[kind])
+    assert_malformed(replace(wire, arrays=hostile(wire.arrays[ARRAY])))
+
+
+@pytest.mark.parametrize("length", [0, 13, 15])
+def test_an_adapter_of_another_length_is_malformed(length: int) -> None:
+    assert_malformed(replace(to_wire(EXAMPLES["TrainRequest"]), arrays={ARRAY: np.zeros(length, np.float32)}))

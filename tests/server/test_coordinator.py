@@ -1,0 +1,567 @@
+"""Whole runs with real institutions in this process: what is published, what is kept, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client.institution import Institution
+from client.training import Trained
+from common import config_files
+from common.adapter import Adapter
+from common.config import Config, EvaluationConfig, FederationConfig, LoraConfig, ServerOptimizerConfig, TrainConfig
+from common.errors import ConfigError, DataError, RunStopped, StorageError
+from common.evaluation import Scores, evaluate
+from common.messages import Hello, Introduction, Plan, Refused, Reply, Request
+from common.models import LoraModel, load, load_adapter
+from common.records import write_jsonl
+from common.text import Example
+from server import checkpoints
+from server.coordinator import Bench, Observer, Outcome, coordinate, run_name
+from server.rounds import Progress
+from simulations.members import InProcessMembers
+from tests.client.conftest import NAMES, make_config, make_records, write_base_model
+
+RECORDS = {"alder": 9, "birch": 7, "cedar": 5}
+
+
+@pytest.fixture(scope="module")
+def config(base_model: str) -> Config:
+    """All that could make a resumed run another one: dropout, a drawn cohort, moments here and there."""
+    return make_config(
+        base_model,
+        lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
+        train=TrainConfig(batch_size=3, learning_rate=5e-3, passes_per_round=0.7, max_tokens=48),
+        federation=FederationConfig(
+            rounds=4,
+            weight_unit=1,
+            fraction=0.7,
+            timeout_s=20.0,
+            server_optimizer=ServerOptimizerConfig("fedadam", learning_rate=0.02, epsilon=1e-2),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(config: Config) -> Bench:
+    return Bench.of(config)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everybody's records."""
+    root = tmp_path_factory.mktemp("records")
+    for name, count in RECORDS.items():
+        write_jsonl(root / name / "train.jsonl", make_records(count, name))
+        write_jsonl(root / name / "validation.jsonl", make_records(2, f"{name}-validation"))
+    write_jsonl(root / "coordinator" / "validation.jsonl", make_records(6, "coordinator"))
+    return root
+
+
+Spoil = Callable[[Trained, Plan], Trained]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One directory in which a federation runs, is killed, and goes on."""
+
+    root: Path
+    records: Path
+    config: Config
+    bench: Bench
+
+    @property
+    def directory(self) -> Path:
+        return self.root / "run"
+
+    def members(self, names: Sequence[str] = NAMES, **spoils: Spoil) -> InProcessMembers:
+        model = self.config.model.path
+        return InProcessMembers(
+            [Institution(n, self.records / n, self.root / "homes" / n, model, spoils.get(n)) for n in names]
+        )
+
+    def go(
+        self, members: Any = None, observer: Observer | None = None, bench: Bench | None = None, **changes: Any
+    ) -> Outcome:
+        return coordinate(
+            replace(self.config, **changes),
+            self.directory,
+            self.records / "coordinator" / "validation.jsonl",
+            members or self.members(),
+            observer or Observer(),
+            bench or self.bench,
+        )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl without the time that rounds took."""
+        lines = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        return [{**line, "seconds": None} for line in lines]
+
+    def checkpoints(self) -> list[str]:
+        return sorted(file.name for file in (self.directory / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def stage(tmp_path: Path, place: Path, config: Config, bench: Bench) -> Stage:
+    return Stage(tmp_path, place, config, bench)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, place: Path, config: Config, bench: Bench
+) -> tuple[Stage, Progress]:
+    """A run from beginning to end that nothing interrupts."""
+    stage = Stage(tmp_path_factory.mktemp("whole"), place, config, bench)
+    return stage, stage.go().progress
+
+
+def assert_ended_like(stage: Stage, progress: Progress, whole: tuple[Stage, Progress]) -> None:
+    expected_stage, expected = whole
+    assert progress.adapter.digest() == expected.adapter.digest()
+    assert progress.best.digest() == expected.best.digest()
+    assert stage.lines() == expected_stage.lines()
+    published = {file.name: file.read_bytes() for file in (stage.directory / "adapter").iterdir()}
+    assert published == {file.name: file.read_bytes() for file in (expected_stage.directory / "adapter").iterdir()}
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_what_it_should(whole: tuple[Stage, Progress], config: Config) -> None:
+    stage, progress = whole
+    assert progress.round == 4
+    assert progress.best_round > 0
+    assert {path.name for path in stage.directory.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+    }
+    assert config_files.parse((stage.directory / "config.yaml").read_text(), "config.yaml") == config
+    assert [line["round"] for line in stage.lines()] == [1, 2, 3, 4]
+    assert all(line["contributors"] == 2 for line in stage.lines())
+    assert stage.checkpoints() == ["round-00003.safetensors", "round-00004.safetensors"]
+    assert min(line["validation"]["perplexity"] for line in stage.lines()) == progress.best_perplexity
+
+
+def test_the_published_adapter_is_the_best_rounds_and_plain_peft_loads_it(
+    whole: tuple[Stage, Progress], place: Path, bench: Bench
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stage, progress = whole
+    assert load_adapter(stage.directory / "adapter").digest() == progress.best.digest()
+    base = AutoModelForCausalLM.from_pretrained(stage.config.model.path)
+    peft = PeftModel.from_pretrained(base, stage.directory / "adapter").eval()
+    loss, tokens = 0.0, 0
+    with torch.inference_mode():
+        for example in bench.read(place / "coordinator" / "validation.jsonl"):
+            logits = peft(input_ids=torch.tensor([example.ids])).logits[0, example.prompt_tokens - 1 : -1]
+            targets = torch.tensor(example.ids[example.prompt_tokens :])
+            loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            tokens += len(targets)
+    # float32 sums in another order
+    assert math.exp(loss / tokens) == pytest.approx(progress.best_perplexity, rel=1e-4)
+
+
+def test_a_run_starts_from_a_fresh_adapter_whatever_the_bench_did_before(
+    stage: Stage, whole: tuple[Stage, Progress], place: Path
+) -> None:
+    _, expected = whole
+    stage.bench.scores(expected.adapter, stage.bench.read(place / "coordinator" / "validation.jsonl"))
+    assert stage.go().progress.adapter.digest() == expected.adapter.digest()
+
+
+class Permuted:
+    """Collects a round's replies and hands them on in another order."""
+
+    def __init__(self, members: InProcessMembers) -> None:
+        self.members = members
+
+    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        return dict(reversed(self.members.meet(hello, expected, timeout_s).items()))
+
+    def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        asked = dict(reversed(requests.items()))
+        yield from reversed(list(self.members.ask(asked, timeout_s)))
+
+
+def test_neither_the_order_of_work_nor_of_replies_matters(stage: Stage, whole: tuple[Stage, Progress]) -> None:
+    assert_ended_like(stage, stage.go(Permuted(stage.members(NAMES[::-1]))).progress, whole)
+
+
+def test_observers_are_told(stage: Stage) -> None:
+    replies: list[tuple[int, int, int]] = []
+    rounds: list[int] = []
+    observer = Observer(on_reply=lambda *r: replies.append(r), on_round=lambda p: rounds.append(p.round))
+    stage.go(observer=observer)
+    assert replies == [(number, answered, 2) for number in (1, 2, 3, 4) for answered in (1, 2)]
+    assert rounds == [1, 2, 3, 4]
+
+
+def test_the_name_of_a_run_follows_its_configuration(config: Config) -> None:
+    assert run_name(config) == run_name(replace(config))
+    assert run_name(config) != run_name(replace(config, seed=8))
+    assert re.fullmatch(r"tiny-[0-9a-f]{12}", run_name(config))
+
+
+# ---- killed at any moment ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What no code may catch by mistake."""
+
+
+@dataclass(frozen=True)
+class FailingBench(Bench):
+    """Is killed at its n-th evaluation; the first is the base model's."""
+
+    kill_at: int = 0
+    calls: list[int] = field(default_factory=list)
+
+    def scores(self, adapter: Adapter, examples: tuple[Example, ...]) -> Scores:
+        self.calls.append(1)
+        if len(self.calls) == self.kill_at:
+            raise Killed
+        return super().scores(adapter, examples)
+
+
+def kill(condition: bool) -> None:
+    if condition:
+        raise Killed
+
+
+def after_round(stage: Stage, number: int) -> None:
+    stage.go(observer=Observer(on_round=lambda progress: kill(progress.round == number)))
+
+
+def while_replies_come(stage: Stage, number: int) -> None:
+    stage.go(observer=Observer(on_reply=lambda *told: kill(told[:2] == (number, 1))))
+
+
+def when_all_have_replied(stage: Stage, number: int) -> None:
+    stage.go(observer=Observer(on_reply=lambda *told: kill(told[:2] == (number, 2))))
+
+
+def while_evaluating(stage: Stage, number: int) -> None:
+    found = stage.bench
+    stage.go(bench=FailingBench(found.model, found.exact, found.max_tokens, found.start, kill_at=number + 1))
+
+
+def between_checkpoint_and_metrics(stage: Stage, number: int) -> None:
+    """The disk takes the checkpoint and no line more."""
+    metrics = stage.directory / "metrics.jsonl"
+    kept: list[str] = []
+
+    def sabotage(round_number: int, answered: int, invited: int) -> None:
+        if (round_number, answered) == (number, 1):
+            kept.append(metrics.read_text())
+            metrics.unlink()
+            metrics.mkdir()
+
+    try:
+        stage.go(observer=Observer(on_reply=sabotage))
+    except StorageError as error:
+        assert stage.checkpoints()[-1] == f"round-{number:05d}.safetensors"
+        metrics.rmdir()
+        metrics.write_text(kept[0] + '{"round": 3, "contrib')  # and half a line, as a power cut leaves it
+        raise Killed from error
+
+
+def while_writing_the_checkpoint(stage: Stage, number: int) -> None:
+    partial = stage.directory / "checkpoints" / f".round-{number:05d}.safetensors.partial"
+
+    def sabotage(round_number: int, answered: int, invited: int) -> None:
+        if (round_number, answered) == (number, 1):
+            (partial / "in the way").mkdir(parents=True)
+
+    try:
+        stage.go(observer=Observer(on_reply=sabotage))
+    except StorageError as error:
+        shutil.rmtree(partial)
+        partial.write_bytes(b"half a checkpoint")
+        raise Killed from error
+
+
+PLACES = [
+    after_round,
+    while_replies_come,
+    when_all_have_replied,
+    while_evaluating,
+    between_checkpoint_and_metrics,
+    while_writing_the_checkpoint,
+]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("killed", PLACES)
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(
+    killed: Callable[[Stage, int], None], number: int, stage: Stage, whole: tuple[Stage, Progress]
+) -> None:
+    with pytest.raises(Killed):
+        killed(stage, number)
+    assert_ended_like(stage, stage.go().progress, whole)
+
+
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(stage: Stage, whole: tuple[Stage, Progress]) -> None:
+    for number, killed in [(1, while_replies_come), (1, after_round), (2, when_all_have_replied), (2, after_round)]:
+        with pytest.raises(Killed):
+            killed(stage, number)
+    with pytest.raises(Killed):
+        while_evaluating(stage, 1)  # the first evaluation of a resumed run is that of its round, 3
+    with pytest.raises(Killed):
+        between_checkpoint_and_metrics(stage, 4)
+    assert_ended_like(stage, stage.go().progress, whole)
+
+
+def test_a_damaged_newest_checkpoint_costs_a_round_and_changes_nothing(
+    stage: Stage, whole: tuple[Stage, Progress]
+) -> None:
+    # Killed in round 3 with both replies in: the institutions are two rounds ahead of the checkpoint that is left.
+    with pytest.raises(Killed):
+        when_all_have_replied(stage, 3)
+    (stage.directory / "checkpoints" / "round-00002.safetensors").write_bytes(b"damaged")
+    rounds: list[int] = []
+    outcome = stage.go(observer=Observer(on_round=lambda progress: rounds.append(progress.round)))
+    assert rounds == [2, 3, 4]
+    assert_ended_like(stage, outcome.progress, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(stage: Stage, whole: tuple[Stage, Progress]) -> None:
+    stage.go()
+    before = {file: file.read_bytes() for file in stage.directory.rglob("*") if file.is_file()}
+
+    class Nobody:
+        def meet(self, *_: Any) -> Mapping[str, Introduction | Refused]:
+            raise AssertionError("a finished run asks nobody")
+
+    outcome = stage.go(Nobody())
+    assert {file: file.read_bytes() for file in stage.directory.rglob("*") if file.is_file()} == before
+    assert_ended_like(stage, outcome.progress, whole)
+
+
+def test_an_interrupted_run_publishes_what_it_reached(stage: Stage) -> None:
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        kill(progress.round == 2)
+
+    with pytest.raises(Killed):
+        stage.go(observer=Observer(on_round=stop))
+    assert load_adapter(stage.directory / "adapter").digest() == seen[-1].best.digest()
+
+
+# ---- what does not fit ---------------------------------------------------------------------------------------------
+
+
+def test_a_directory_with_a_run_of_another_configuration_is_left_alone(stage: Stage) -> None:
+    with pytest.raises(Killed):
+        after_round(stage, 2)
+    before = {file: file.read_bytes() for file in stage.directory.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match="another configuration"):
+        stage.go(seed=99)
+    assert {file: file.read_bytes() for file in stage.directory.rglob("*") if file.is_file()} == before
+
+
+def test_checkpoints_that_are_all_damaged_do_not_start_the_run_anew(stage: Stage) -> None:
+    with pytest.raises(Killed):
+        after_round(stage, 2)
+    for name in stage.checkpoints():
+        (stage.directory / "checkpoints" / name).write_bytes(b"")
+    metrics = (stage.directory / "metrics.jsonl").read_bytes()
+    with pytest.raises(StorageError, match="no checkpoint"):
+        stage.go()
+    assert (stage.directory / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_disk_that_refuses_a_checkpoint_is_an_error_and_keeps_the_ones_before(stage: Stage) -> None:
+    partial = stage.directory / "checkpoints" / ".round-00003.safetensors.partial"
+
+    def sabotage(round_number: int, answered: int, invited: int) -> None:
+        if (round_number, answered) == (3, 1):
+            partial.mkdir()
+
+    with pytest.raises(StorageError, match=r"cannot write .*round-00003.*resume"):
+        stage.go(observer=Observer(on_reply=sabotage))
+    partial.rmdir()
+    assert stage.checkpoints() == ["round-00001.safetensors", "round-00002.safetensors"]
+    found = checkpoints.latest(stage.directory / "checkpoints", config_files.digest(stage.config))
+    assert found is not None
+    assert found.round == 2
+
+
+def test_a_run_directory_that_cannot_be_written_is_an_error(stage: Stage) -> None:
+    stage.directory.write_text("a file where the run should be")
+    with pytest.raises(StorageError, match="cannot write"):
+        stage.go()
+
+
+def test_without_central_records_nothing_begins(stage: Stage, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        coordinate(stage.config, stage.directory, empty, stage.members(), Observer(), stage.bench)
+    assert not stage.directory.exists()
+
+
+# ---- who takes part ------------------------------------------------------------------------------------------------
+
+
+def test_an_institution_with_another_base_model_stays_outside_and_the_run_goes_on(
+    stage: Stage, base_model: str, tmp_path: Path
+) -> None:
+    other = str(write_base_model(tmp_path / "other-base", seed=12))
+    members = stage.members()
+    odd = Institution("cedar", stage.records / "cedar", stage.root / "homes" / "cedar", other)
+    members._institutions["cedar"] = odd
+    told: list[tuple[str, Refused]] = []
+    outcome = stage.go(members, Observer(on_refusal=lambda name, refused: told.append((name, refused))))
+    assert dict(outcome.refused) == {"cedar": "base_model_differs weights"}
+    assert told == [("cedar", Refused("base_model_differs", "cedar", ("weights",)))]
+    assert outcome.progress.round == 4
+    assert not (stage.root / "homes" / "cedar").exists()
+
+
+class Named:
+    """Answers hello as told; asks nobody."""
+
+    def __init__(self, answers: Callable[[Hello], Mapping[str, Introduction | Refused]]) -> None:
+        self.answers = answers
+
+    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        return self.answers(hello)
+
+
+def test_who_is_not_of_the_federation_stays_outside(stage: Stage) -> None:
+    def answers(hello: Hello) -> Mapping[str, Introduction | Refused]:
+        return {name: Introduction(name, 1, "1", hello.fingerprint) for name in ("alder", "mallory")}
+
+    with pytest.raises(RunStopped, match=r"1 institutions can take part.*min_cohort is 2: mallory: not_invited"):
+        stage.go(Named(answers))
+
+
+def test_refusals_are_told_by_the_name_they_give_unless_it_is_somebody_elses(stage: Stage) -> None:
+    def answers(hello: Hello) -> Mapping[str, Introduction | Refused]:
+        return {
+            "alder": Introduction("alder", 1, "1", hello.fingerprint),
+            "node-1": Refused("data_unreadable", "birch"),
+            "node-2": Refused("malformed", "alder"),
+            "node-3": Refused("timed_out"),
+        }
+
+    expected = "birch: data_unreadable; node-2: malformed; node-3: timed_out"
+    with pytest.raises(RunStopped, match=expected):
+        stage.go(Named(answers))
+
+
+def test_a_run_that_nobody_joins_says_so(stage: Stage) -> None:
+    with pytest.raises(RunStopped, match=r"0 institutions can take part.*nobody answered"):
+        stage.go(Named(lambda _: {}))
+    assert not (stage.directory / "adapter").exists()
+
+
+def raises(trained: Trained, plan: Plan) -> Trained:
+    raise RuntimeError("the record of patient 4711")
+
+
+def test_an_institution_that_raises_is_left_out_and_the_others_go_on(stage: Stage) -> None:
+    everyone = replace(stage.config.federation, fraction=1.0)
+    outcome = stage.go(stage.members(birch=raises), federation=everyone)
+    assert [dict(record.refused) for record in outcome.progress.history] == [{"birch": "internal_error"}] * 4
+    kept = b"".join(file.read_bytes() for file in stage.directory.rglob("*") if file.is_file())
+    assert b"4711" not in kept
+
+
+def test_a_run_stops_when_too_few_contribute_and_goes_on_once_they_are_mended(
+    stage: Stage, whole: tuple[Stage, Progress]
+) -> None:
+    def later(trained: Trained, plan: Plan) -> Trained:
+        return raises(trained, plan) if plan.round >= 3 else trained
+
+    with pytest.raises(RunStopped, match=r"round 3: [01] institutions contributed.*internal_error"):
+        stage.go(stage.members(**dict.fromkeys(NAMES, later)))
+    assert [line["round"] for line in stage.lines()] == [1, 2]
+    found = checkpoints.latest(stage.directory / "checkpoints", config_files.digest(stage.config))
+    assert found is not None
+    assert load_adapter(stage.directory / "adapter").digest() == found.best.digest()
+    assert_ended_like(stage, stage.go().progress, whole)
+
+
+def not_a_number(trained: Trained, plan: Plan) -> Trained:
+    if plan.round != 2:
+        return trained
+    return replace(trained, adapter=Adapter({k: f * np.float32(np.nan) for k, f in trained.adapter.factors.items()}))
+
+
+def test_void_updates_are_counted_and_the_run_goes_on(stage: Stage) -> None:
+    everyone = replace(stage.config.federation, fraction=1.0)
+    outcome = stage.go(stage.members(alder=not_a_number, cedar=not_a_number), federation=everyone)
+    assert [(record.contributors, record.void) for record in outcome.progress.history] == [
+        (3, 0),
+        (3, 2),
+        (3, 0),
+        (3, 0),
+    ]
+    assert all(math.isfinite(record.train_loss or math.nan) for record in outcome.progress.history)
+
+
+def test_when_all_updates_are_void_the_best_adapter_before_is_published(stage: Stage) -> None:
+    seen: list[Progress] = []
+    with pytest.raises(RunStopped, match="round 2: all 2 updates were void"):
+        stage.go(stage.members(**dict.fromkeys(NAMES, not_a_number)), Observer(on_round=seen.append))
+    assert len(seen) == 1
+    assert load_adapter(stage.directory / "adapter").digest() == seen[0].best.digest()
+
+
+def test_a_learning_rate_that_gives_no_numbers_stops_the_run_before_anything_is_published(stage: Stage) -> None:
+    with pytest.raises(RunStopped, match=r"round 1: all 2 updates were void.*learning_rate"):
+        stage.go(train=replace(stage.config.train, learning_rate=1e37, batch_size=1, warmup=0.0))
+    assert not (stage.directory / "adapter").exists()
+    assert stage.lines() == []
+
+
+def test_updates_that_explode_and_stay_finite_are_not_void_but_clipped(stage: Stage) -> None:
+    train = replace(stage.config.train, learning_rate=1e30, batch_size=1)
+    progress = stage.go(train=train, federation=FederationConfig(rounds=1, weight_unit=1, fraction=0.7)).progress
+    moved = [progress.adapter.factors[key] - factor for key, factor in stage.bench.start.factors.items()]
+    assert max(float(np.abs(m).max()) for m in moved) == pytest.approx(1.0)  # quantise.clip
+    assert progress.history[0].void == 0
+
+
+def test_early_stop_publishes_the_best_round(stage: Stage) -> None:
+    # A server that throws the adapter about: after some round nothing gets better any more.
+    federation = replace(
+        stage.config.federation, rounds=12, server_optimizer=ServerOptimizerConfig("fedavg", learning_rate=40.0)
+    )
+    seen: list[Progress] = []
+    outcome = stage.go(
+        observer=Observer(on_round=seen.append),
+        federation=federation,
+        evaluation=EvaluationConfig(exact=[], patience=2),
+    )
+    progress = outcome.progress
+    assert progress.round == progress.best_round + 2 < 12
+    best = seen[progress.best_round - 1].adapter if progress.best_round else stage.bench.start
+    assert load_adapter(stage.directory / "adapter").digest() == best.digest()
+
+
+def test_scores_of_the_bench_are_those_of_the_adapter_given(
+    whole: tuple[Stage, Progress], bench: Bench, place: Path, config: Config
+) -> None:
+    examples = bench.read(place / "coordinator" / "validation.jsonl")
+    model: LoraModel = load(config.model.path, config.lora, 77)
+    model.write(whole[1].best)
+    assert bench.scores(whole[1].best, examples) == evaluate(model, examples)
+    assert bench.scores(bench.start, examples) != bench.scores(whole[1].best, examples)
