@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
 from common.models import fingerprint
-from server import report
+from server import checkpoints, report
 from server.coordinator import Bench, Observer, Outcome, coordinate
 from server.flower import FlowerMembers
 from server.rounds import Progress as RunProgress
@@ -80,6 +80,7 @@ def _write_records(config: Config, directory: RunDirectory) -> None:
 
 def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[str, Any]:
     began = time.perf_counter()
+    before = _seconds(checkpoints.latest(directory.root / "checkpoints", config_files.digest(config)))
     console.print(
         f"[bold]{config.name}[/]: {len(config.data.institutions)} institutions, {config.federation.rounds} rounds of "
         f"{config.federation.method}, base model {config.model.path}; results in {directory.root}"
@@ -91,12 +92,10 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     federated = compare.score(config, directory, bench, directory.root / "adapter")
     arms = _run_arms(config, directory, console) if config.compare.enabled else {}
     seconds = {
-        **{
-            phase: sum(r.seconds[phase] for r in outcome.progress.history)
-            for phase in ("train", "aggregate", "evaluate")
-        },
+        **_seconds(outcome.progress),
         "compare": time.perf_counter() - federated_at,
-        "total": time.perf_counter() - began,
+        # Of an earlier call only its complete rounds are known.
+        "total": time.perf_counter() - began + sum(before.values()),
     }
     summary = _summary(config, directory, bench, outcome, base, federated, arms, seconds)
     write_json(directory.root / "summary.json", summary)
@@ -105,6 +104,12 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     console.print(report.tables(summary))
     console.print(f"report: {directory.root / 'report.html'}")
     return summary
+
+
+def _seconds(progress: RunProgress | None) -> dict[str, float]:
+    """Seconds of all complete rounds by phase."""
+    history = progress.history if progress else ()
+    return {phase: sum(record.seconds[phase] for record in history) for phase in ("train", "aggregate", "evaluate")}
 
 
 def _federate(config: Config, directory: RunDirectory, bench: Bench, console: Console) -> Outcome:

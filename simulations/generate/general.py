@@ -20,6 +20,9 @@ from simulations.generate.hospitals import HOSPITALS
 
 DOMAINS = (HOSPITALS, BANKS)
 
+# Prompt and completion; the prompt is empty for running text.
+Document = tuple[str, str]
+
 _SEPARATORS = ("; ", ", ", " | ", ". ", " / ", " - ")
 _CUES = {domain.name: domain.cues() for domain in DOMAINS}
 # The headings of forms everywhere; which of them an institution uses, and how it answers, is its own style.
@@ -62,10 +65,6 @@ def documents(count: int, seed: int, *, held_out: bool = False) -> Iterator[Reco
         if (zlib.crc32(f"{prompt}\n{completion}".encode()) % _HELD_OUT_ONE_IN == 0) == held_out:
             made += 1
             yield Record(prompt, completion, person="", kind="text")
-
-
-Document = tuple[str, str]
-"""prompt, completion; the prompt is empty for running text."""
 
 
 def _narrative(rng: Random) -> Document:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simulations.generate.domain import Case, Cue, Domain, Outcome, Text, parse_cues
+from simulations.generate.domain import Case, Domain, Outcome, Text, parse_cues
 
 _KINDS = (("coding", 0.55), ("note", 0.25), ("question", 0.2))
 
@@ -397,8 +397,3 @@ def render(case: Case, style: int, variant: float) -> Text:
 
 
 HOSPITALS = Domain("hospitals", TOPICS, DIAGNOSES, REMARKS, _STYLES, render, exact="coding")
-
-
-def findings() -> tuple[Cue, ...]:
-    """Every finding of every diagnosis, once."""
-    return HOSPITALS.cues()

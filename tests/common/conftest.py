@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,6 +17,10 @@ from common.adapter import Adapter
 from common.config import LoraConfig
 from common.models import LoraModel, fingerprint, load, load_tokenizer
 from common.text import Example
+
+# The same examples in every run, and no time limit on each: the machine may be busy with other work.
+settings.register_profile("silotune", deadline=None, derandomize=True)
+settings.load_profile("silotune")
 
 SEED = 20240
 WORDS = "the patient has a fever and a cough since yesterday; coded as J10 by the ward"

@@ -128,8 +128,8 @@ def test_pretraining_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert told[2][2] < told[0][2]
     assert one.perplexity < pretraining.VOCABULARY
     assert pretrain(tmp_path / "third", seed=6, steps=1, threads=1).digest != one.digest
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "one")
     assert held_out_perplexity(loaded, tokenizer, 5) == pytest.approx(one.perplexity, rel=1e-4)
 
 
@@ -152,7 +152,7 @@ def test_the_base_speaks_the_domains_language_but_does_not_know_their_rules(
         surprise -= predicted.gather(1, torch.tensor(answer)[:, None]).sum().item()
         tokens += len(answer)
         if record.kind == DOMAINS[name].exact:
-            # Greedy generation gives the whole answer exactly if each of its tokens is the likeliest after those before.
+            # Greedy generation gives the answer if, and only if, each of its tokens is the likeliest there.
             right.append(predicted.argmax(-1).tolist() == answer)
     assert 2 < math.exp(surprise / tokens) < 100
     assert len(right) >= 40
