@@ -157,7 +157,7 @@ class CompareConfig:
 class TuneConfig:
     """The grid that `silotune-sim tune` searches, the same for every arm."""
 
-    batch_sizes: list[int] = field(default_factory=lambda: [2, 4, 8])
+    batch_sizes: list[int] = field(default_factory=lambda: [4, 8])
     learning_rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])
 
 

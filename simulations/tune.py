@@ -116,7 +116,11 @@ def _perplexity(train: Callable[..., Progress], *arguments: object) -> float:
 
 def _federated(config: Config, place: RunDirectory, found: ArmConfig) -> Progress:
     """The federation itself, without an engine: the messages and rounds are the same."""
-    trial = replace(config, train=replace(config.train, batch_size=found.batch_size, learning_rate=found.learning_rate))
+    trial = replace(
+        config,
+        train=replace(config.train, batch_size=found.batch_size, learning_rate=found.learning_rate),
+        evaluation=replace(config.evaluation, exact=[], institutions=False),
+    )
     members = InProcessMembers([virtual(trial, place, name) for name in trial.data.institutions])
     validation = place.records(trial) / "coordinator" / "validation.jsonl"
     return coordinate(trial, place.root, validation, members, Observer()).progress
