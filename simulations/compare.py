@@ -7,12 +7,15 @@ number of rounds, passes over each record, learning-rate schedule and rule for c
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from common.adapter import without_effect
@@ -142,10 +145,25 @@ def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str, Arm
     return results
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the command that started it is gone, however it went.
+
+    A worker that outlived a killed command would write into the same directories as the command that resumes it.
+    """
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes, since torch's threads do not survive a fork; ended at once when the caller is interrupted."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         yield pool
     except BaseException:

@@ -1,6 +1,10 @@
 """The comparison: what makes arms comparable, and the one number drawn from it."""
 
 import math
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +69,28 @@ def test_pooled_holds_everybodys_training_records_and_no_test_record(tmp_path: P
     )
     held_out = {record for splits in federation.institutions.values() for record in (*splits.validation, *splits.test)}
     assert not held_out & set(pooled)
+
+
+def test_no_worker_outlives_a_killed_command() -> None:
+    code = (
+        "from simulations.compare import process_pool\nimport os, time\n"
+        "if __name__ == '__main__':\n"
+        "    with process_pool(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 60).result()\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "command.py"
+        script.write_text(code)
+        command = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+        assert command.stdout is not None
+        worker = int(command.stdout.readline())
+        command.kill()
+        command.wait()
+        end = time.monotonic() + 10
+        while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
+            assert time.monotonic() < end, "the worker lives on"
+            time.sleep(0.05)
 
 
 def test_an_arm_that_diverges_stops_with_words(tmp_path: Path) -> None:
