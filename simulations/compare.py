@@ -83,8 +83,7 @@ def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
     home = RunDirectory(directory.arms / arm)
     mine = arm_config(config, arm)
     source = directory.arms / "data" if arm == POOLED else directory.records(config)
-    mine = replace(mine, data=replace(mine.data, directory=str(source)))
-    members = InProcessMembers([virtual(mine, home, arm)])
+    members = InProcessMembers([virtual(mine, home, arm, source)])
     validation = directory.records(config) / "coordinator" / "validation.jsonl"
     return coordinate(mine, home.root, validation, members, Observer()).progress
 

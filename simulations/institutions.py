@@ -41,13 +41,16 @@ def _fault(config: Config, name: str) -> Callable[[Trained, Plan], Trained] | No
     return FAULTS[found[name]] if name in found else None
 
 
-def virtual(config: Config, directory: RunDirectory, name: str) -> Institution:
-    """The institution of that name in a simulated run; its own log goes to a file in its own home."""
+def virtual(config: Config, directory: RunDirectory, name: str, records: Path) -> Institution:
+    """The institution of that name in a simulated run, with its folder in `records`.
+
+    Its own log goes to a file in its own home.
+    """
     home = directory.institutions / name
     _log_to(home / "client.log", name)
     return Institution(
         name=name,
-        data=directory.records(config) / name,
+        data=records / name,
         home=home,
         model=config.model.path,
         spoil=_fault(config, name),
@@ -77,4 +80,5 @@ class VirtualInstitutions:
 
         torch.set_num_threads(self.config.simulation.threads)
         name = self.config.data.institutions[int(context.node_config["partition-id"])]
-        return virtual(self.config, RunDirectory(self.root), name)
+        directory = RunDirectory(self.root)
+        return virtual(self.config, directory, name, directory.records(self.config))

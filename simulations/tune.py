@@ -121,7 +121,7 @@ def _federated(config: Config, place: RunDirectory, found: ArmConfig) -> Progres
         train=replace(config.train, batch_size=found.batch_size, learning_rate=found.learning_rate),
         evaluation=replace(config.evaluation, exact=[], institutions=False),
     )
-    members = InProcessMembers([virtual(trial, place, name) for name in trial.data.institutions])
+    members = InProcessMembers([virtual(trial, place, name, place.records(trial)) for name in trial.data.institutions])
     validation = place.records(trial) / "coordinator" / "validation.jsonl"
     return coordinate(trial, place.root, validation, members, Observer()).progress
 

@@ -271,6 +271,7 @@ def test_fractions_of_passes_add_up_over_rounds(
 @given(
     records=st.integers(1, 40), cuts=st.lists(st.integers(0, 200), min_size=2, max_size=6), seed=st.integers(0, 2**32)
 )
+@settings(deadline=None)
 def test_slices_of_the_stream_join_up_and_every_pass_visits_every_record_once(
     records: int, cuts: list[int], seed: int
 ) -> None:
@@ -299,7 +300,7 @@ schedules = st.builds(
 
 
 @given(schedules, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_schedule_rises_to_its_peak_and_then_falls_to_its_end(train: TrainConfig, one: float, other: float) -> None:
     earlier, later = sorted((one, other))
     at_earlier, at_later = learning_rate(train, earlier), learning_rate(train, later)
@@ -313,6 +314,7 @@ def test_schedule_rises_to_its_peak_and_then_falls_to_its_end(train: TrainConfig
 
 
 @given(schedules)
+@settings(deadline=None)
 def test_schedule_has_its_peak_at_the_end_of_warm_up_and_the_final_rate_at_the_end(train: TrainConfig) -> None:
     assert learning_rate(train, train.warmup) == pytest.approx(train.learning_rate)
     assert learning_rate(train, 1.0) == pytest.approx(train.final_rate * train.learning_rate)

@@ -52,6 +52,16 @@ def test_files_are_written_replaced_and_nothing_else_is_left(tmp_path: Path) -> 
     assert names(file.parent) == ["file"]
 
 
+def test_who_reads_the_old_file_reads_it_to_the_end(tmp_path: Path) -> None:
+    """The new one takes its place and is not written over it."""
+    file = tmp_path / "file"
+    write_text(file, OLD)
+    with file.open() as reader:
+        write_text(file, NEW)
+        assert reader.read() == OLD
+    assert file.read_text() == NEW
+
+
 def test_json_is_indented_and_has_no_word_for_nan(tmp_path: Path) -> None:
     file = tmp_path / "file.json"
     write_json(file, {"a": [1, None]})

@@ -138,15 +138,18 @@ def test_a_fingerprint_does_not_hang_on_what_changes_no_result(
     assert fingerprint(str(copy)) == fingerprint(str(grouped_path))
 
 
-def test_a_fingerprint_does_not_hang_on_how_weights_are_sharded(
-    grouped_path: Path, copy_of: Copy, tmp_path: Path
-) -> None:
-    whole, sharded = copy_of(grouped_path), copy_of(grouped_path)
-    (sharded / "model.safetensors").unlink()
+def test_a_fingerprint_does_not_hang_on_how_weights_are_sharded(grouped_path: Path, copy_of: Copy) -> None:
+    whole, sharded, mixed = (copy_of(grouped_path) for _ in range(3))
+    (sharded / WEIGHTS).unlink()
     LlamaForCausalLM.from_pretrained(whole, dtype=torch.float32).save_pretrained(sharded, max_shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     assert fingerprint(str(sharded)) == fingerprint(str(whole))
     assert load(str(sharded), LORA, 1).base_parameters == load(str(whole), LORA, 1).base_parameters
+    tensors = load_file(mixed / WEIGHTS)
+    (mixed / WEIGHTS).unlink()
+    for start, file in enumerate(("b.safetensors", "a.safetensors")):
+        save_file({name: tensors[name] for name in sorted(tensors)[start::2]}, mixed / file)
+    assert fingerprint(str(mixed)) == fingerprint(str(whole))
     # A tensor that stands in two files, of which one would be loaded, is not the same model any more.
     save_file({"lm_head.weight": torch.zeros(320, 32)}, sharded / "a.safetensors", {"format": "pt"})
     fingerprint.cache_clear()

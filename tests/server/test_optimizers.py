@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.adapter import Adapter
@@ -94,6 +94,7 @@ numbers = st.floats(-10, 10, width=32)
 
 
 @given(st.lists(numbers, min_size=1, max_size=6), st.floats(0.0, 0.99), st.floats(0.01, 2.0))
+@settings(deadline=None)
 def test_fedavgm_is_the_sum_of_geometrically_fading_differences(
     differences: list[float], momentum: float, rate: float
 ) -> None:
@@ -107,6 +108,7 @@ def test_fedavgm_is_the_sum_of_geometrically_fading_differences(
 
 
 @given(numbers, numbers)
+@settings(deadline=None)
 def test_fedavgm_without_momentum_is_fedavg(here: float, there: float) -> None:
     plain, _ = step(ServerOptimizerConfig("fedavg", 0.5), OptimizerState(), one(here), one(there))
     other, _ = step(ServerOptimizerConfig("fedavgm", 0.5, momentum=0.0), OptimizerState(), one(here), one(there))

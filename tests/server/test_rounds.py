@@ -65,6 +65,7 @@ rosters = st.lists(st.text("abcxyz", min_size=1, max_size=4), min_size=1, max_si
 
 
 @given(rosters, st.floats(0.01, 1.0), st.integers(1, 6), st.integers(0, 2**32 - 1), st.integers(1, 50))
+@settings(deadline=None)
 def test_a_cohort_is_a_seeded_draw_of_the_roster(
     roster: list[str], fraction: float, least: int, seed: int, number: int
 ) -> None:
