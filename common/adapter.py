@@ -62,11 +62,6 @@ def is_b(key: str) -> bool:
     return key.endswith(B_SUFFIX)
 
 
-def without_effect(adapter: Adapter) -> Adapter:
-    """The same adapter with B = 0, under which the model is its base model."""
-    return Adapter({key: np.zeros_like(factor) if is_b(key) else factor for key, factor in adapter.factors.items()})
-
-
 def flatten(factors: Factors, keys: Iterable[str]) -> Vector:
     """The named factors as one vector, in the order of `keys`."""
     parts = [np.asarray(factors[key], dtype=np.float32).ravel() for key in keys]

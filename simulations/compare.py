@@ -18,7 +18,6 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from common.adapter import without_effect
 from common.config import ArmConfig, Config
 from common.errors import RunStopped
 from common.evaluation import Scores
@@ -90,7 +89,7 @@ def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
 
 def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None) -> ArmScores:
     """Reads the test records once, for one arm; without an adapter, for the base model."""
-    found = without_effect(bench.model.read()) if adapter is None else load_adapter(adapter)
+    found = bench.start if adapter is None else load_adapter(adapter)
     records = directory.records(config)
     return ArmScores(
         everyone=bench.scores(found, bench.read(records / "coordinator" / "test.jsonl")),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.adapter import Adapter, check_same_form, flatten, is_a, is_b, unflatten, without_effect
+from common.adapter import Adapter, check_same_form, flatten, is_a, is_b, unflatten
 from common.errors import ModelError
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -88,15 +88,6 @@ def test_unflatten_refuses_another_length(length: int) -> None:
         unflatten(np.zeros(length), like, like)
     with pytest.raises(ModelError, match="14 elements"):
         unflatten(np.zeros((1, 14)), like, like)
-
-
-def test_without_effect_zeroes_b_only() -> None:
-    before = Adapter({A: numbers(2, 4), B: numbers(3, 2)})
-    after = without_effect(before)
-    assert np.array_equal(after.factors[A], numbers(2, 4))
-    assert after.factors[B].shape == (3, 2)
-    assert not after.factors[B].any()
-    assert before.factors[B].any()
 
 
 def test_kinds_of_factor() -> None:
