@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from common.config import ArmConfig, Config
+from common.config import ArmConfig, Config, TuneConfig
 from common.errors import RunStopped
 from common.files import write_text
 from server.coordinator import Observer, coordinate
@@ -92,6 +92,7 @@ def _trial(config: Config, root: Path, arm: Arm, batch_size: int, rate: float) -
     import torch
 
     torch.set_num_threads(config.simulation.threads)
+    config = replace(config, tune=TuneConfig())  # a wider grid later takes up the trials of a narrower one
     found = ArmConfig(batch_size, rate)
     place = RunDirectory(root / "trials" / f"{arm}-{batch_size}-{rate:g}")
     if arm == "federated":
