@@ -1,0 +1,61 @@
+"""The shipped settings are what the search found, and the shipped recipe does what the README says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import ArmConfig
+from common.config_files import load
+from simulations.tune import ARMS, KEYS
+
+RESULTS = Path(__file__).resolve().parents[2] / "simulations" / "results"
+NAMES = ("hospitals", "banks")
+
+
+def found(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}-tune.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_ships_what_the_search_found(name: str) -> None:
+    config, search = load(name), found(name)
+    shipped = {
+        "federated": ArmConfig(config.train.batch_size, config.train.learning_rate),
+        "local": config.compare.local,
+        "pooled": config.compare.pooled,
+    }
+    for arm in ARMS:
+        trials = [trial for trial in search["trials"] if trial["arm"] == arm]
+        best = min(trials, key=lambda trial: trial["perplexity"])
+        assert shipped[arm] == ArmConfig(best["batch_size"], best["learning_rate"]), KEYS[arm]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_was_searched_over_the_grid_of_the_configuration(name: str) -> None:
+    config, search = load(name), found(name)
+    grid = {(size, rate) for size in config.tune.batch_sizes for rate in config.tune.learning_rates}
+    for arm in ARMS:
+        assert {(t["batch_size"], t["learning_rate"]) for t in search["trials"] if t["arm"] == arm} == grid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_federation_pays_off(name: str, seed: int, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("silotune-sim")), "run", name, f"seed={seed}", f"data.seed={seed}"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run"), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    everyone = summary["everyone"]
+    assert everyone["base"]["perplexity"] < 100
+    assert everyone["base"]["accuracy"] < 0.1
+    assert everyone["pooled"]["accuracy"] >= 0.7
+    assert everyone["pooled"]["perplexity"] <= 0.75 * everyone["local_best"]["perplexity"]
+    assert summary["gap_closed"] >= 0.5
