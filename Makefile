@@ -36,7 +36,7 @@ check: setup ## lint and types only
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-slow: setup ## the slow tests: real runs, kill and resume, the wheel
+slow: setup ## the slow tests: six whole federations, and the wheel outside the checkout
 	$(BIN)/pytest -m slow
 
 format: setup ## format the code and mend what ruff can mend

@@ -48,7 +48,7 @@ from common.messages import (
     TrainRequest,
 )
 from common.methods import METHODS
-from common.models import LoraModel, fingerprint, load, load_tokenizer
+from common.models import Fingerprint, LoraModel, fingerprint, load, load_tokenizer
 from common.randomness import seeded
 from common.records import read_jsonl
 from common.text import Example, tokenise
@@ -111,11 +111,17 @@ class Institution:
     def _introduce(self, hello: Hello) -> Reply:
         if hello.protocol != PROTOCOL:
             raise Refusal(PROTOCOL_DIFFERS, f"the coordinator speaks protocol {hello.protocol}, this is {PROTOCOL}")
-        mine = fingerprint(self.model)
-        if parts := mine.differences(hello.fingerprint):
-            self.log.warning("%s refused: the base model differs in %s", self.name, ", ".join(parts))
-            return Refused(BASE_MODEL_DIFFERS, self.name, parts)
-        return Introduction(self.name, PROTOCOL, version("silotune"), mine)
+        return self._other_base(hello.fingerprint) or Introduction(
+            self.name, PROTOCOL, version("silotune"), fingerprint(self.model)
+        )
+
+    def _other_base(self, expected: Fingerprint) -> Refused | None:
+        """The refusal that names what differs, when the coordinator means another base model than this one."""
+        parts = fingerprint(self.model).differences(expected)
+        if not parts:
+            return None
+        self.log.warning("%s refused: the base model differs in %s", self.name, ", ".join(parts))
+        return Refused(BASE_MODEL_DIFFERS, self.name, parts)
 
     def _contribute(self, request: TrainRequest) -> Reply:
         plan, start = request.plan, request.adapter
@@ -123,8 +129,8 @@ class Institution:
             raise Refusal(NOT_INVITED, f"the cohort is {plan.cohort}")
         if start.digest() != plan.adapter_digest:
             raise Refusal(ADAPTER_DIGEST_DIFFERS, "the adapter that came is not the one the plan names")
-        if parts := fingerprint(self.model).differences(plan.fingerprint):
-            return Refused(BASE_MODEL_DIFFERS, self.name, parts)
+        if refused := self._other_base(plan.fingerprint):
+            return refused
         settings = plan.settings
         if settings.method not in METHODS:
             raise Refusal(METHOD_UNKNOWN, f"method {settings.method!r}")

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+COORDINATOR = "coordinator"
+"""The folder of the coordinator's records, beside one an institution; so no institution may have this name."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

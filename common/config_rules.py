@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.fixed_point import RING_BITS
+from common.config import COORDINATOR
+from common.fixed_point import RING_BITS, member_bits
 from common.methods import METHODS
 
 GENERATORS = ("hospitals", "banks")
@@ -81,8 +82,8 @@ RULES: dict[str, Rule] = {
         "a directory, or empty to generate the records", lambda path: path == path.strip() and "${" not in path
     ),
     "data.institutions": Rule(
-        "at least one name, all different, of a-z, 0-9, - and _, a letter or digit first; `coordinator` is taken",
-        lambda names: len(names) > 0 and "coordinator" not in names and _distinct(names, _NAME),
+        f"at least one name, all different, of a-z, 0-9, - and _, a letter or digit first; `{COORDINATOR}` is taken",
+        lambda names: len(names) > 0 and COORDINATOR not in names and _distinct(names, _NAME),
     ),
     "data.train_records": Rule(
         "whole numbers of at least 1, one for each institution", lambda counts: all(count >= 1 for count in counts)
@@ -145,7 +146,7 @@ RULES: dict[str, Rule] = {
 
 def _sum_bits(bits: int, weight_bits: int, institutions: Sequence[str]) -> int:
     """Bits that hold the sum of one weighted element over all institutions."""
-    return bits + weight_bits + math.ceil(math.log2(len(institutions)))
+    return bits + weight_bits + member_bits(len(institutions))
 
 
 AGREEMENTS: tuple[Agreement, ...] = (

@@ -33,6 +33,11 @@ COUNTERS = (
 )
 
 
+def member_bits(members: int) -> int:
+    """Bits by which a sum of that many terms is longer than a term; at least 1."""
+    return max(1, (members - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a vector is laid out; both sides derive it from the plan, so that it cannot differ.
@@ -68,7 +73,7 @@ class Layout:
     @property
     def member_bits(self) -> int:
         """Bits by which a sum of n terms is longer than a term."""
-        return max(1, (self.members - 1).bit_length())
+        return member_bits(self.members)
 
     @property
     def levels(self) -> int:

@@ -28,7 +28,7 @@ from server.rounds import Members, Progress, begin, finished, record_as_json, ru
 log = logging.getLogger("silotune.server")
 
 
-class Roster(Members, Protocol):
+class Transport(Members, Protocol):
     """Members that can also be asked who they are."""
 
     def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
@@ -83,7 +83,12 @@ def run_name(config: Config) -> str:
 
 
 def coordinate(
-    config: Config, directory: Path, validation: Path, members: Roster, observer: Observer, bench: Bench | None = None
+    config: Config,
+    directory: Path,
+    validation: Path,
+    members: Transport,
+    observer: Observer,
+    bench: Bench | None = None,
 ) -> Outcome:
     """Runs a federation, or goes on with the one in `directory`, and publishes the best round's adapter there.
 
@@ -129,7 +134,7 @@ def coordinate(
     return Outcome(progress, refused)
 
 
-def _meet(config: Config, members: Roster, observer: Observer) -> tuple[tuple[str, ...], dict[str, str]]:
+def _meet(config: Config, members: Transport, observer: Observer) -> tuple[tuple[str, ...], dict[str, str]]:
     """The roster of those who can take part, and who cannot with the reason.
 
     Whoever is not among `data.institutions` stays outside: the sum is laid out for them, and counted by them.
@@ -151,7 +156,8 @@ def _meet(config: Config, members: Roster, observer: Observer) -> tuple[tuple[st
     if len(roster) < config.federation.min_cohort:
         why = "; ".join(f"{name}: {reason}" for name, reason in sorted(refused.items())) or "nobody answered"
         raise RunStopped(
-            f"{len(roster)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: {why}"
+            f"{len(roster)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: "
+            f"{why}. Each institution's own log says why; mend it there, then resume."
         )
     return tuple(roster), refused
 

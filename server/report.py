@@ -34,8 +34,6 @@ from server.verdict import (
     comparison_texts,
     gap_text,
     judge,
-    listed,
-    percent_change_text,
     perplexity_text,
     seconds_text,
 )
@@ -158,7 +156,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "ppl": perplexity_text, "acc": accuracy_text, "bytes": bytes_text, "secs": seconds_text,
-        "gap": gap_text, "change": percent_change_text, "listed": listed,
+        "gap": gap_text,
     }  # fmt: skip
     return environment.from_string(files("server").joinpath("report.html.j2").read_text(encoding="utf-8"))
 

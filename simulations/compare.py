@@ -83,8 +83,7 @@ def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
     mine = arm_config(config, arm)
     source = directory.arms / "data" if arm == POOLED else directory.records(config)
     members = InProcessMembers([virtual(mine, home, arm, source)])
-    validation = directory.records(config) / "coordinator" / "validation.jsonl"
-    return coordinate(mine, home.root, validation, members, Observer()).progress
+    return coordinate(mine, home.root, directory.central(config, "validation"), members, Observer()).progress
 
 
 def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None) -> ArmScores:
@@ -92,7 +91,7 @@ def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path |
     found = bench.start if adapter is None else load_adapter(adapter)
     records = directory.records(config)
     return ArmScores(
-        everyone=bench.scores(found, bench.read(records / "coordinator" / "test.jsonl")),
+        everyone=bench.scores(found, bench.read(directory.central(config, "test"))),
         own={name: bench.scores(found, bench.read(records / name / "test.jsonl")) for name in config.data.institutions},
     )
 

@@ -16,16 +16,8 @@ from server.flower import FlowerMembers
 from simulations.institutions import VirtualInstitutions
 from simulations.layout import RunDirectory
 
-# Flower, Ray and Hugging Face call home unless told not to; actors inherit these.
-_SILENCE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+# Warnings of Ray and tokenizers that say nothing of use here; actors inherit these.
+_SILENCE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def simulate(config: Config, directory: RunDirectory, coordinate: Callable[[FlowerMembers], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import Config
+from common.config import COORDINATOR, Config
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class RunDirectory:
 
     def records(self, config: Config) -> Path:
         return Path(config.data.directory).expanduser().resolve() if config.data.directory else self.root / "data"
+
+    def central(self, config: Config, split: str) -> Path:
+        """The coordinator's own records: `validation` or `test`."""
+        return self.records(config) / COORDINATOR / f"{split}.jsonl"
 
     @property
     def institutions(self) -> Path:

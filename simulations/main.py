@@ -53,7 +53,7 @@ def run(
         raise click.UsageError("name a configuration, such as hospitals; or a run to go on with, --resume DIR")
     loaded = None if config is None else _load(config, overrides)
     directory = resume or out or _new_directory("unnamed" if loaded is None else loaded.name)
-    with cli.progress_console(as_json) as console, _resumable(directory):
+    with cli.progress_console(as_json) as console, _resumable(directory, "run", "--resume", str(directory)):
         from simulations import run as runs
 
         summary = runs.resume(directory, console) if loaded is None else runs.run(loaded, directory, console)
@@ -73,7 +73,8 @@ def tune(
     """Search batch size and learning rate of every arm, on validation records only."""
     loaded = _load(config, overrides)
     directory = out or _new_directory(f"{loaded.name}-tune")
-    with cli.progress_console(as_json) as console:
+    again = ("tune", config, *(overrides or ()), "--out", str(directory))
+    with cli.progress_console(as_json) as console, _resumable(directory, *again):
         from simulations.tune import tune as search
 
         found = search(loaded, directory, console)
@@ -89,6 +90,7 @@ def data(
     as_json: cli.Json = False,
 ) -> None:
     """Write the generated records of every institution and of the coordinator as jsonl files."""
+    from common.config import COORDINATOR
     from common.errors import ConfigError
 
     loaded = _load(config, overrides)
@@ -104,7 +106,7 @@ def data(
         generator.write(federation, out)
         counts = {name: _counts(splits) for name, splits in federation.institutions.items()}
         coordinator = _counts(federation.coordinator)
-        _print_counts({**counts, generator.COORDINATOR: coordinator}, console)
+        _print_counts({**counts, COORDINATOR: coordinator}, console)
         console.print(f"written to {out}", markup=False, highlight=False)
     if as_json:
         cli.print_json({"out": str(out), "institutions": counts, "coordinator": coordinator})
@@ -148,14 +150,14 @@ def _new_directory(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _resumable(directory: Path) -> Iterator[None]:
-    """Turns Ctrl-C into a message that says how to go on."""
+def _resumable(directory: Path, *arguments: str) -> Iterator[None]:
+    """Turns Ctrl-C into a message that says how to go on with what stands in `directory`."""
     try:
         yield
     except KeyboardInterrupt:
-        if not (directory / "config.yaml").is_file():
+        if not any((directory / begun).exists() for begun in ("config.yaml", "trials")):
             raise
-        remedy = shlex.join(["silotune-sim", "run", "--resume", str(directory)])
+        remedy = shlex.join(["silotune-sim", *arguments])
         raise cli.Interrupted(f"interrupted; complete rounds are kept, go on with: {remedy}") from None
 
 

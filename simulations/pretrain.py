@@ -7,7 +7,6 @@ ordered differently; the held-out perplexity then agrees to a fraction of a perc
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 import shutil
@@ -20,6 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from common.errors import StorageError
+from common.files import write_json
 from common.records import Record
 from simulations.generate.general import documents
 
@@ -102,7 +102,7 @@ def pretrain(
         perplexity, time.monotonic() - started, digest, seed, steps, tokens, threads, cpu_model(), torch.__version__
     )
     described = {key: value for key, value in asdict(result).items() if key != "seconds"}
-    _write(out / PRETRAINING_FILE, json.dumps(described, indent=2) + "\n")
+    write_json(out / PRETRAINING_FILE, described)
     return result
 
 
@@ -279,10 +279,3 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
     except OSError as error:
         raise StorageError(f"cannot write the model to {out}: {error.strerror}; choose another --out") from error
     return digest
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --out") from error

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common import config_files
-from common.config import Config
+from common.config import COORDINATOR, Config
 from common.errors import ConfigError, DataError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
@@ -70,7 +71,7 @@ def _write_records(config: Config, directory: RunDirectory) -> None:
         generator.write(generator.generate(config.data), directory.records(config))
         return
     records = directory.records(config)
-    missing = [name for name in (*config.data.institutions, "coordinator") if not (records / name).is_dir()]
+    missing = [name for name in (*config.data.institutions, COORDINATOR) if not (records / name).is_dir()]
     if missing:
         raise DataError(
             f"data.directory: expected a folder for each institution and the coordinator in {records}, "
@@ -83,7 +84,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     before = _seconds(checkpoints.latest(directory.root / "checkpoints", config_files.digest(config)))
     console.print(
         f"[bold]{config.name}[/]: {len(config.data.institutions)} institutions, {config.federation.rounds} rounds of "
-        f"{config.federation.method}, base model {config.model.path}; results in {directory.root}"
+        f"{config.federation.method}, base model {escape(config.model.path)}; results in {escape(str(directory.root))}"
     )
     bench = Bench.of(config)
     outcome = _federate(config, directory, bench, console)
@@ -102,7 +103,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     rounds = [record_as_json(record) for record in outcome.progress.history]
     write_text(directory.root / "report.html", report.render(summary, rounds, config_files.to_yaml(config)))
     console.print(report.tables(summary))
-    console.print(f"report: {directory.root / 'report.html'}")
+    console.print(f"report: {escape(str(directory.root / 'report.html'))}")
     return summary
 
 
@@ -131,7 +132,7 @@ def _federate(config: Config, directory: RunDirectory, bench: Bench, console: Co
             console.print(f"[red]{refused.name or name} does not take part: {refused.reason}{parts}[/]")
 
         def job(members: FlowerMembers) -> None:
-            validation = directory.records(config) / "coordinator" / "validation.jsonl"
+            validation = directory.central(config, "validation")
             observer = Observer(on_reply=on_reply, on_round=on_round, on_refusal=on_refusal)
             outcome.append(coordinate(config, directory.root, validation, members, observer, bench))
 

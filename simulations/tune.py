@@ -7,7 +7,6 @@ are not read.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, as_completed
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from common.config import ArmConfig, Config, TuneConfig
 from common.errors import RunStopped
-from common.files import write_text
+from common.files import write_json, write_text
 from server.coordinator import Observer, coordinate
 from server.rounds import Progress
 from simulations.compare import POOLED, process_pool, run_arm, write_pooled
@@ -39,13 +38,18 @@ KEYS = {"federated": "train", "local": "compare.local", "pooled": "compare.poole
 class Trial:
     """One point of the grid.
 
-    perplexity: of the best round on central validation; for local-only the geometric mean over institutions.
+    perplexity: of the best round on central validation; for local-only the geometric mean over institutions. Infinite
+    for a setting that diverged.
     """
 
     arm: Arm
     batch_size: int
     learning_rate: float
     perplexity: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in tune.json; JSON has no word for infinity, so None."""
+        return {**asdict(self), "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
 
 
 def tune(config: Config, out: Path, console: Console) -> dict[str, Any]:
@@ -78,8 +82,11 @@ def tune(config: Config, out: Path, console: Console) -> dict[str, Any]:
             )
     trials.sort(key=lambda trial: (ARMS.index(trial.arm), trial.batch_size, trial.learning_rate))
     best = {arm: min((t for t in trials if t.arm == arm), key=lambda t: t.perplexity) for arm in ARMS}
-    found = {"best": {arm: asdict(trial) for arm, trial in best.items()}, "trials": [asdict(trial) for trial in trials]}
-    write_text(directory.root / "tune.json", json.dumps(found, indent=2) + "\n")
+    found = {
+        "best": {arm: trial.as_dict() for arm, trial in best.items()},
+        "trials": [trial.as_dict() for trial in trials],
+    }
+    write_json(directory.root / "tune.json", found)
     lines = [f"{KEYS[arm]}.{field}={getattr(best[arm], field):g}" for arm in ARMS for field in asdict(ArmConfig())]
     write_text(directory.root / "best.txt", "\n".join(lines) + "\n")
     console.print(_table(trials, best))
@@ -123,8 +130,7 @@ def _federated(config: Config, place: RunDirectory, found: ArmConfig) -> Progres
         evaluation=replace(config.evaluation, exact=[], institutions=False),
     )
     members = InProcessMembers([virtual(trial, place, name, place.records(trial)) for name in trial.data.institutions])
-    validation = place.records(trial) / "coordinator" / "validation.jsonl"
-    return coordinate(trial, place.root, validation, members, Observer()).progress
+    return coordinate(trial, place.root, place.central(trial, "validation"), members, Observer()).progress
 
 
 def _table(trials: list[Trial], best: dict[Arm, Trial]) -> Table:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.config import DataConfig
-from common.errors import ConfigError, StorageError
-from common.records import Record
+from common.config import COORDINATOR, DataConfig
+from common.errors import ConfigError
+from common.records import Record, write_jsonl
 from simulations.generate.banks import BANKS
 from simulations.generate.domain import Case, Domain, Outcome, Person, draw_cues
 from simulations.generate.hospitals import HOSPITALS
 from simulations.generate.similarity import NEAR, Index
 
 DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (HOSPITALS, BANKS)}
-COORDINATOR = "coordinator"
 
 # Part of every institution's mix that is spread evenly over the topics, so that each sees some of every topic.
 FLOOR = 0.3
@@ -151,15 +149,8 @@ def write(federation: Federation, out: Path) -> None:
         f"{COORDINATOR}/validation": federation.coordinator.validation,
         f"{COORDINATOR}/test": federation.coordinator.test,
     }
-    try:
-        for stem, records in files.items():
-            path = out / f"{stem}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), "utf-8"
-            )
-    except OSError as error:
-        raise StorageError(f"cannot write records below {out}: {error.strerror}; choose another --out") from error
+    for stem, records in files.items():
+        write_jsonl(out / f"{stem}.jsonl", records)
 
 
 def _checked(data: DataConfig) -> Domain:

@@ -18,6 +18,7 @@ import pytest
 
 from common.config import DataConfig
 from common.config_files import configs_dir, load
+from common.config_rules import GENERATORS
 from common.errors import ConfigError, StorageError
 from common.records import Record
 from simulations.generate.domain import Case, Cue, Domain, Outcome, Person, cue_sets
@@ -338,8 +339,12 @@ def test_written_files_hold_the_records(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("occupied")
-    with pytest.raises(StorageError, match="choose another --out"):
+    with pytest.raises(StorageError, match=r"cannot write .*out"):
         write(federation("hospitals", 1), tmp_path / "out")
+
+
+def test_the_configuration_knows_every_generator() -> None:
+    assert set(GENERATORS) == set(DOMAINS)
 
 
 def test_every_mistake_is_told_at_once() -> None:
