@@ -22,6 +22,7 @@ from client.state import StateStore
 from client.training import Assignment, Trained, train
 from common import fixed_point
 from common.adapter import Adapter, check_same_form
+from common.base_model import Fingerprint, fingerprint
 from common.config import LoraConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal
 from common.evaluation import Scores, evaluate
@@ -48,7 +49,7 @@ from common.messages import (
     TrainRequest,
 )
 from common.methods import METHODS
-from common.models import Fingerprint, LoraModel, fingerprint, load, load_tokenizer
+from common.models import LoraModel, load, load_tokenizer
 from common.randomness import seeded
 from common.records import read_jsonl
 from common.text import Example, tokenise

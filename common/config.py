@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 COORDINATOR = "coordinator"
+POOLED = "pooled"
 """The folder of the coordinator's records, beside one an institution; so no institution may have this name."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import COORDINATOR
+from common.config import COORDINATOR, POOLED
 from common.fixed_point import RING_BITS, member_bits
 from common.methods import METHODS
 
@@ -82,8 +82,9 @@ RULES: dict[str, Rule] = {
         "a directory, or empty to generate the records", lambda path: path == path.strip() and "${" not in path
     ),
     "data.institutions": Rule(
-        f"at least one name, all different, of a-z, 0-9, - and _, a letter or digit first; `{COORDINATOR}` is taken",
-        lambda names: len(names) > 0 and COORDINATOR not in names and _distinct(names, _NAME),
+        f"at least one name, all different, of a-z, 0-9, - and _, a letter or digit first; "
+        f"`{COORDINATOR}` and `{POOLED}` are taken",
+        lambda names: len(names) > 0 and not {COORDINATOR, POOLED} & set(names) and _distinct(names, _NAME),
     ),
     "data.train_records": Rule(
         "whole numbers of at least 1, one for each institution", lambda counts: all(count >= 1 for count in counts)

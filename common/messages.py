@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from common.adapter import Adapter
+from common.base_model import Fingerprint
 from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
 from common.config_rules import RULES
 from common.errors import ConfigError
 from common.fixed_point import Layout, Ring
-from common.models import Fingerprint
 
 PROTOCOL = 1
 
@@ -79,7 +79,6 @@ class Hello:
     """The coordinator's first message of a run: which protocol it speaks, and which base model it means."""
 
     protocol: int
-    model: str
     fingerprint: Fingerprint
 
 
@@ -97,7 +96,6 @@ class Introduction:
 class Settings:
     """What an institution needs to know of the coordinator's configuration, the same in every round of a run."""
 
-    model: str
     seed: int
     rounds: int
     method: str
@@ -111,7 +109,6 @@ class Settings:
     @classmethod
     def of(cls, config: Config) -> Settings:
         return cls(
-            model=config.model.path,
             seed=config.seed,
             rounds=config.federation.rounds,
             method=config.federation.method,

@@ -1,19 +1,17 @@
-"""Base models: loading, fingerprints, and the adapter that stands on them."""
+"""A base model with one adapter on it: loading, reading, writing, and PEFT's files."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.adapter import Adapter, check_same_form
+from common.base_model import model_directory
 from common.config import LoraConfig
 from common.errors import ModelError
 from common.files import write_directory
@@ -22,101 +20,6 @@ from common.text import Example, Pack, pack
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-EMBEDDED = "embedded"
-# Differ between copies of one model without changing what it computes.
-_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """SHA-256 of what makes a base model the one that was agreed: configuration, weights and tokenizer."""
-
-    PARTS: ClassVar = ("config", "weights", "tokenizer")
-
-    config: str
-    weights: str
-    tokenizer: str
-
-    def differences(self, other: Fingerprint) -> tuple[str, ...]:
-        """Names of the parts that differ; empty for the same base model."""
-        return tuple(part for part in self.PARTS if getattr(self, part) != getattr(other, part))
-
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def model_directory(path: str) -> Path:
-    """The directory behind `model.path`. Raises ModelError when there is none, or no model in it."""
-    expected = f"model.path: expected `{EMBEDDED}` or a directory with a causal language model, found {path!r:.200}"
-    try:
-        directory = Path(__file__).parent / "embedded" if path == EMBEDDED else Path(path).expanduser()
-        if not directory.is_dir():
-            raise ModelError(expected)
-        if not (directory / "config.json").is_file():
-            raise ModelError(
-                f"model.path: {directory} has no config.json; expected a directory that transformers can load"
-            )
-    except (OSError, RuntimeError) as error:  # no permission, too long, ~ of an unknown user
-        raise ModelError(f"{expected}: {error}") from error
-    return directory
-
-
-@lru_cache(maxsize=4)
-def fingerprint(path: str) -> Fingerprint:
-    """The fingerprint of a model directory.
-
-    Tensors are hashed by name, type, shape and bytes, so that the same weights in other files have the same digest.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    directory = model_directory(path)
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{directory / 'config.json'}: expected a JSON object, found {type(config).__name__}")
-    config = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{directory} has no *.safetensors weights; convert them with save_pretrained first")
-    sha = hashlib.sha256()
-    try:
-        # A tensor that stands in two files counts twice: which one transformers would load is not for us to guess.
-        for name, file in sorted((name, shard) for shard in files for name in _tensor_names(shard)):
-            with safe_open(file, framework="pt") as tensors:
-                tensor = tensors.get_tensor(name)
-            sha.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-            sha.update(_raw_bytes(tensor))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"the weights in {directory} are broken: {error}") from error
-    vocabulary = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        known = file.name.startswith(
-            ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
-        )
-        if known and file.is_file():
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-            vocabulary.update(json.dumps([file.name, content]).encode())
-    return Fingerprint(
-        config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        weights=sha.hexdigest(),
-        tokenizer=vocabulary.hexdigest(),
-    )
-
-
-def _tensor_names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
-
-
-def _raw_bytes(tensor: torch.Tensor) -> bytes:
-    import torch
-
-    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class LoraModel:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.adapter import Adapter, flatten, unflatten
+from common.base_model import Fingerprint
 from common.errors import Refusal, SilotuneError
 from common.messages import (
     MALFORMED,
@@ -31,7 +32,6 @@ from common.messages import (
     TrainRequest,
     built,
 )
-from common.models import Fingerprint
 
 ARRAY = "array"
 

@@ -1,6 +1,7 @@
 """A run as the coordinator sees it: who takes part, the rounds, and what is kept on disk.
 
-The run directory holds config.yaml, metrics.jsonl (one object a round), checkpoints/ and, at the end, adapter/.
+The run directory holds config.yaml, metrics.jsonl (one object a round), refused.json, checkpoints/ and, at the end,
+adapter/.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Protocol
 
 from common import config_files
 from common.adapter import Adapter
+from common.base_model import fingerprint
 from common.config import Config
 from common.errors import RunStopped
 from common.evaluation import Scores, evaluate
-from common.files import append_line, write_text
+from common.files import append_line, write_json, write_text
 from common.messages import NOT_INVITED, PROTOCOL, Hello, Introduction, Refused
-from common.models import LoraModel, fingerprint, load, save_adapter
+from common.models import LoraModel, load, save_adapter
 from common.records import read_jsonl
 from common.text import Example, tokenise
 from server import checkpoints
@@ -113,10 +115,11 @@ def coordinate(
         append_line(directory / "metrics.jsonl", json.dumps(record_as_json(after.history[-1])))
         observer.on_round(after)
 
-    refused: dict[str, str] = {}
+    refused = _read_refused(directory / "refused.json")
     try:
         if not finished(config, progress):
             roster, refused = _meet(config, members, observer)
+            write_json(directory / "refused.json", refused)
             progress = run_rounds(
                 config=config,
                 run=run_name(config),
@@ -139,7 +142,7 @@ def _meet(config: Config, members: Transport, observer: Observer) -> tuple[tuple
 
     Whoever is not among `data.institutions` stays outside: the sum is laid out for them, and counted by them.
     """
-    hello = Hello(PROTOCOL, config.model.path, fingerprint(config.model.path))
+    hello = Hello(PROTOCOL, fingerprint(config.model.path))
     answers = members.meet(hello, len(config.data.institutions), config.federation.timeout_s)
     roster: list[str] = []
     refused: dict[str, str] = {}
@@ -160,6 +163,11 @@ def _meet(config: Config, members: Transport, observer: Observer) -> tuple[tuple
             f"{why}. Each institution's own log says why; mend it there, then resume."
         )
     return tuple(roster), refused
+
+
+def _read_refused(file: Path) -> dict[str, str]:
+    """Who could not take part when the run last met everybody; a run that is complete meets nobody again."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _rewrite_metrics(file: Path, progress: Progress) -> None:

@@ -195,6 +195,7 @@ class Summary:
     stopped_early: bool
     institutions: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
+    absences: tuple[tuple[str, str, int], ...]
     base: Score
     federated: Score
     best: tuple[str, Score] | None
@@ -246,6 +247,7 @@ class Summary:
             stopped_early=root["stopped_early"].flag(),
             institutions=tuple(clean(node.text(), LONGEST_NAME) for node in root["institutions"].elements()),
             refused=tuple((name, node.text()) for name, node in root["refused"].items()) if root.get("refused") else (),
+            absences=_absences(root.get("absences")),
             base=Score.read(everyone["base"]),
             federated=Score.read(everyone["federated"]),
             best=None if best is None else (clean(best["institution"].text(), LONGEST_NAME), Score.read(best)),
@@ -294,6 +296,13 @@ class Summary:
     def with_outcome(self, kind: str) -> list[str]:
         """Names of the institutions whose comparison with local-only came out as `kind`."""
         return [c.name for c in self.home if c.outcome == kind] if self.home_compared else []
+
+
+def _absences(node: _Node | None) -> tuple[tuple[str, str, int], ...]:
+    """Institution, reason code and number of rounds it missed for that reason."""
+    if not node:
+        return ()
+    return tuple((name, reason, rounds.whole()) for name, reasons in node.items() for reason, rounds in reasons.items())
 
 
 @dataclass(frozen=True)

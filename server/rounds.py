@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from common.adapter import Adapter, flatten
+from common.base_model import Fingerprint
 from common.config import Config, FederationConfig
 from common.errors import ConfigError, RunStopped
 from common.evaluation import Scores
 from common.fixed_point import Decoded, RunningSum, decode
 from common.messages import MALFORMED, Contribution, Plan, Refused, Reply, Request, Settings, TrainRequest
 from common.methods import method_named
-from common.models import Fingerprint
 from common.randomness import seeded
 from server.optimizers import OptimizerState, step
 

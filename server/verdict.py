@@ -189,6 +189,9 @@ def judge(s: Summary) -> Verdict:
         sentences.append(f"The federated model is worse than the base model before any training ({base}).")
     if s.refused:
         sentences.append(f"Refused or failed: {listed([name for name, _ in s.refused])}.")
+    if s.absences:
+        names = list(dict.fromkeys(name for name, _, _ in s.absences))
+        sentences.append(f"Missed some rounds: {listed(names)}.")
     return Verdict(tone, badge, headline, " ".join(filter(None, sentences)))
 
 

@@ -7,18 +7,13 @@ number of rounds, passes over each record, learning-rate schedule and rule for c
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 
-from common.config import ArmConfig, Config
+from common.config import POOLED, ArmConfig, Config
 from common.errors import RunStopped
 from common.evaluation import Scores
 from common.files import storage_errors
@@ -29,8 +24,7 @@ from server.rounds import Progress
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
 from simulations.members import InProcessMembers
-
-POOLED = "pooled"
+from simulations.processes import process_pool
 
 
 @dataclass(frozen=True)
@@ -68,20 +62,17 @@ def arm_config(config: Config, arm: str) -> Config:
 
 
 def write_pooled(config: Config, directory: RunDirectory) -> None:
-    """Puts all training and validation records into one institution's directory."""
+    """Puts all training records into one institution's folder."""
     records = directory.records(config)
-    for split in ("train", "validation"):
-        together = [
-            record for name in config.data.institutions for record in read_jsonl(records / name / f"{split}.jsonl")
-        ]
-        write_jsonl(directory.arms / "data" / POOLED / f"{split}.jsonl", together)
+    together = [record for name in config.data.institutions for record in read_jsonl(records / name / "train.jsonl")]
+    write_jsonl(directory.pooled_records / POOLED / "train.jsonl", together)
 
 
 def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
     """Runs one reference arm in this process, or goes on with it. Raises RunStopped when its updates are void."""
     home = RunDirectory(directory.arms / arm)
     mine = arm_config(config, arm)
-    source = directory.arms / "data" if arm == POOLED else directory.records(config)
+    source = directory.pooled_records if arm == POOLED else directory.records(config)
     members = InProcessMembers([virtual(mine, home, arm, source)])
     return coordinate(mine, home.root, directory.central(config, "validation"), members, Observer()).progress
 
@@ -140,32 +131,3 @@ def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str, Arm
         except BrokenProcessPool as error:
             raise RunStopped("a process of the comparison died; resume, and its arm goes on") from error
     return results
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the command that started it is gone, however it went.
-
-    A worker that outlived a killed command would write into the same directories as the command that resumes it.
-    """
-
-    def watch() -> None:
-        parent = parent_process()
-        if parent is not None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes, since torch's threads do not survive a fork; ended at once when the caller is interrupted."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-    try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

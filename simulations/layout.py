@@ -34,5 +34,10 @@ class RunDirectory:
         return self.root / "institutions"
 
     @property
+    def pooled_records(self) -> Path:
+        """Where the institution of the pooled arm has its folder."""
+        return self.root / "pooled"
+
+    @property
     def arms(self) -> Path:
         return self.root / "arms"

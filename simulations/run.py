@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common import config_files
-from common.config import COORDINATOR, Config
+from common.base_model import fingerprint
+from common.config import COORDINATOR, POOLED, Config
 from common.errors import ConfigError, DataError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
-from common.models import fingerprint
+from common.records import read_jsonl
 from server import checkpoints, report
 from server.coordinator import Bench, Observer, Outcome, coordinate
 from server.flower import FlowerMembers
@@ -45,8 +46,9 @@ def run(config: Config, out: Path, console: Console) -> dict[str, Any]:
     with storage_errors(directory.root):
         directory.root.mkdir(parents=True, exist_ok=True)
     _write_records(config, directory)
-    write_text(directory.root / "config.yaml", config_files.to_yaml(config))
     write_json(directory.root / "started.json", {"started": datetime.now(UTC).isoformat(timespec="seconds")})
+    # Last, since it is what makes the directory a run that can be resumed.
+    write_text(directory.root / "config.yaml", config_files.to_yaml(config))
     return _go_on(config, directory, console)
 
 
@@ -64,7 +66,7 @@ def resume(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _write_records(config: Config, directory: RunDirectory) -> None:
-    """Generates the institutions' records, or checks that the given directory has them."""
+    """Generates the institutions' records, or reads every set of the given directory once, before any training."""
     if not config.data.directory:
         from simulations.generate import federation as generator
 
@@ -77,6 +79,9 @@ def _write_records(config: Config, directory: RunDirectory) -> None:
             f"data.directory: expected a folder for each institution and the coordinator in {records}, "
             f"missing: {', '.join(missing)}"
         )
+    for name in (*config.data.institutions, COORDINATOR):
+        for split in ("validation", "test") if name == COORDINATOR else ("train", "validation", "test"):
+            read_jsonl(records / name / f"{split}.jsonl")
 
 
 def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[str, Any]:
@@ -174,6 +179,16 @@ def _line(record: RoundRecord) -> str:
     return ", ".join(parts) + (" [green]best so far[/]" if record.best else "")
 
 
+def _absences(history: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:
+    """How many rounds each member missed, by name and reason code."""
+    missed: dict[str, dict[str, int]] = {}
+    for record in history:
+        for name, reason in record.refused.items():
+            reasons = missed.setdefault(name, {})
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return missed
+
+
 def _summary(
     config: Config,
     directory: RunDirectory,
@@ -193,11 +208,10 @@ def _summary(
         best = min(local, key=lambda name: local[name].everyone.perplexity)
         everyone["local"] = {name: scores.everyone.as_dict() for name, scores in local.items()}
         everyone["local_best"] = {"institution": best, **everyone["local"][best]}
-        everyone["pooled"] = arms[compare.POOLED].everyone.as_dict()
+        everyone["pooled"] = arms[POOLED].everyone.as_dict()
         gap = compare.gap_closed(
-            local[best].everyone.perplexity, federated.everyone.perplexity, arms[compare.POOLED].everyone.perplexity
+            local[best].everyone.perplexity, federated.everyone.perplexity, arms[POOLED].everyone.perplexity
         )
-    refused = {**outcome.refused, **{name: reason for record in history for name, reason in record.refused.items()}}
     return {
         "name": config.name,
         "method": config.federation.method,
@@ -207,7 +221,8 @@ def _summary(
         "best_round": progress.best_round,
         "stopped_early": stopped_early(config, progress),
         "institutions": list(config.data.institutions),
-        "refused": refused,
+        "refused": dict(outcome.refused),
+        "absences": _absences(history),
         "everyone": everyone,
         "own": {
             name: {

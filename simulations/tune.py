@@ -19,15 +19,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from common.config import ArmConfig, Config, TuneConfig
+from common.config import POOLED, ArmConfig, Config, TuneConfig
 from common.errors import RunStopped
 from common.files import write_json, write_text
 from server.coordinator import Observer, coordinate
 from server.rounds import Progress
-from simulations.compare import POOLED, process_pool, run_arm, write_pooled
+from simulations.compare import run_arm, write_pooled
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
 from simulations.members import InProcessMembers
+from simulations.processes import process_pool
 
 Arm = Literal["federated", "local", "pooled"]
 ARMS: tuple[Arm, ...] = ("federated", "local", "pooled")

@@ -71,7 +71,7 @@ def test_configurations_are_found_by_name(installed: Installed) -> None:
 
 
 def test_the_embedded_model_is_found(installed: Installed) -> None:
-    code = "from common.models import model_directory; print(model_directory('embedded'))"
+    code = "from common.base_model import model_directory; print(model_directory('embedded'))"
     assert installed.call(sys.executable, "-c", code).strip() == str(installed.site / "common/embedded")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.config import COORDINATOR, DataConfig
+from common.config_rules import impossible
 from common.errors import ConfigError
 from common.records import Record, write_jsonl
 from simulations.generate.banks import BANKS
@@ -154,32 +155,13 @@ def write(federation: Federation, out: Path) -> None:
 
 
 def _checked(data: DataConfig) -> Domain:
-    wrong: list[str] = []
+    wrong = impossible({f"data.{key}": value for key, value in asdict(data).items()})
     if data.generator not in DOMAINS:
         wrong.append(f"data.generator: {data.generator!r} is none of {', '.join(DOMAINS)}")
-    if not data.institutions:
-        wrong.append("data.institutions: at least one name is needed")
-    if len(set(data.institutions)) < len(data.institutions):
-        wrong.append("data.institutions: names must differ")
-    wrong += [
-        f"data.institutions: {name!r} cannot be a folder of its own beside {COORDINATOR!r}"
-        for name in data.institutions
-        if name in (COORDINATOR, "", ".", "..") or "/" in name or "\\" in name
-    ]
     if len(data.train_records) != len(data.institutions):
         wrong.append(
             f"data.train_records: {len(data.train_records)} counts for {len(data.institutions)} institutions; one each"
         )
-    wrong += [f"data.train_records: {count} must be at least 1" for count in data.train_records if count < 1]
-    wrong += [
-        f"data.{name}: {value} must be at least 1"
-        for name, value in (("own_records", data.own_records), ("central_records", data.central_records))
-        if value < 1
-    ]
-    if not 0.01 <= data.dirichlet <= 1e6:  # below, numpy's draw underflows to 0 / 0
-        wrong.append(f"data.dirichlet: {data.dirichlet} must be between 0.01 and 1e6")
-    if data.seed < 0:
-        wrong.append(f"data.seed: {data.seed} must not be negative")
     if wrong:
         raise ConfigError("\n".join(wrong))
     return DOMAINS[data.generator]

@@ -12,6 +12,7 @@ import torch
 
 from client.institution import Institution
 from common.adapter import Adapter, flatten
+from common.base_model import fingerprint
 from common.config import (
     Config,
     DataConfig,
@@ -23,7 +24,7 @@ from common.config import (
 )
 from common.messages import Plan, Settings
 from common.methods import METHODS
-from common.models import LoraModel, fingerprint, load
+from common.models import LoraModel, load
 from common.randomness import seeded
 from common.records import Record, write_jsonl
 from common.text import Example, tokenise

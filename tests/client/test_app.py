@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import build_client_app
 from client.institution import Institution
 from common.adapter import Adapter
+from common.base_model import fingerprint
 from common.config import Config
 from common.errors import DataError, Refusal
 from common.flower import HELLO, ROUND, from_records, to_records
@@ -31,7 +32,6 @@ from common.messages import (
     Request,
     TrainRequest,
 )
-from common.models import fingerprint
 from common.wire import Wire, from_wire, to_wire
 from tests.client.conftest import make_config, make_plan
 
@@ -88,7 +88,7 @@ def records(request: Request) -> RecordDict:
 
 def test_hello_is_answered_with_an_introduction(institution: Callable[..., Institution], base_model: str) -> None:
     app = build_client_app(lambda _: institution())
-    answer = ask(app, records(Hello(PROTOCOL, base_model, fingerprint(base_model))), HELLO)
+    answer = ask(app, records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
     assert isinstance(answer, Introduction)
     assert answer.name == "alder"
 
@@ -113,7 +113,7 @@ def test_the_institution_is_found_by_the_context(institution: Callable[..., Inst
         seen.append(found.node_config["partition-id"])
         return institution("birch")
 
-    answer = ask(build_client_app(find), records(Hello(PROTOCOL, base_model, fingerprint(base_model))), HELLO)
+    answer = ask(build_client_app(find), records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
     assert isinstance(answer, Introduction)
     assert (answer.name, seen) == ("birch", [0])
 
@@ -213,7 +213,7 @@ def test_an_error_in_place_of_content_is_a_reason_code(institution: Callable[...
 
 def test_only_the_two_kinds_of_message_are_heard(institution: Callable[..., Institution], base_model: str) -> None:
     app = build_client_app(lambda _: institution())
-    hello = records(Hello(PROTOCOL, base_model, fingerprint(base_model)))
+    hello = records(Hello(PROTOCOL, fingerprint(base_model)))
     for kind in ("evaluate", "train", "query", "train.other"):
         with pytest.raises(ValueError, match=r"No .* function registered") as raised:
             app(message(hello, kind), context())

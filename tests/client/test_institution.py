@@ -20,6 +20,7 @@ from client.state import LocalState
 from client.training import Assignment, Trained, train
 from common import fixed_point
 from common.adapter import Adapter, flatten
+from common.base_model import fingerprint
 from common.config import Config, EvaluationConfig, LoraConfig, QuantiseConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal, StorageError
 from common.evaluation import evaluate
@@ -44,7 +45,7 @@ from common.messages import (
     Reply,
     TrainRequest,
 )
-from common.models import LoraModel, fingerprint
+from common.models import LoraModel
 from common.records import Record, write_jsonl
 from common.text import tokenise
 from common.wire import to_wire
@@ -75,13 +76,13 @@ def files_below(directory: Path) -> dict[str, bytes]:
 
 
 def test_the_same_base_model_is_greeted_with_a_name(institution: Make, base_model: str) -> None:
-    answer = institution().answer(Hello(PROTOCOL, "any/path/of/theirs", fingerprint(base_model)))
+    answer = institution().answer(Hello(PROTOCOL, fingerprint(base_model)))
     assert isinstance(answer, Introduction)
     assert (answer.name, answer.protocol, answer.fingerprint) == ("alder", PROTOCOL, fingerprint(base_model))
 
 
 def test_another_protocol_is_refused(institution: Make, base_model: str) -> None:
-    answer = institution().answer(Hello(PROTOCOL + 1, base_model, fingerprint(base_model)))
+    answer = institution().answer(Hello(PROTOCOL + 1, fingerprint(base_model)))
     assert answer == Refused(PROTOCOL_DIFFERS, "alder")
 
 
@@ -91,13 +92,13 @@ def test_another_base_model_is_refused_by_the_name_of_what_differs(
 ) -> None:
     other = replace(fingerprint(base_model), **dict.fromkeys(parts, NOBODY))
     expected = Refused(BASE_MODEL_DIFFERS, "alder", parts)
-    assert institution().answer(Hello(PROTOCOL, base_model, other)) == expected
+    assert institution().answer(Hello(PROTOCOL, other)) == expected
     assert institution().answer(TrainRequest(make_plan(config, start, fingerprint=other), start)) == expected
 
 
 def test_weights_of_another_seed_are_another_base_model(institution: Make, base_model: str, tmp_path: Path) -> None:
     other = str(write_base_model(tmp_path / "other-base", seed=99))
-    answer = institution(model=other).answer(Hello(PROTOCOL, base_model, fingerprint(base_model)))
+    answer = institution(model=other).answer(Hello(PROTOCOL, fingerprint(base_model)))
     assert answer == Refused(BASE_MODEL_DIFFERS, "alder", ("weights",))
 
 
@@ -204,7 +205,7 @@ def test_a_base_model_that_is_gone_is_a_reason_code(
     institution: Make, config: Config, start: Adapter, tmp_path: Path
 ) -> None:
     member = institution(model=str(tmp_path / "gone"))
-    assert isinstance(member.answer(Hello(PROTOCOL, "", fingerprint(config.model.path))), Refused)
+    assert isinstance(member.answer(Hello(PROTOCOL, fingerprint(config.model.path))), Refused)
     answer = member.answer(TrainRequest(make_plan(config, start), start))
     assert isinstance(answer, Refused)
     assert answer.reason in REASONS
@@ -548,8 +549,8 @@ def test_no_text_of_a_record_or_a_path_leaves(
         adapter = moved(start)
     for answer in (
         member.answer(TrainRequest(plan, adapter)),
-        member.answer(Hello(PROTOCOL, base_model, fingerprint(base_model))),
-        member.answer(Hello(PROTOCOL + 1, base_model, fingerprint(base_model))),
+        member.answer(Hello(PROTOCOL, fingerprint(base_model))),
+        member.answer(Hello(PROTOCOL + 1, fingerprint(base_model))),
     ):
         assert secret.encode() not in bytes_of(answer)
         if isinstance(answer, Refused):

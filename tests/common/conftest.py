@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.adapter import Adapter
+from common.base_model import fingerprint
 from common.config import LoraConfig
-from common.models import LoraModel, fingerprint, load, load_tokenizer
+from common.models import LoraModel, load, load_tokenizer
 from common.text import Example
 
 # The same examples in every run, and no time limit on each: the machine may be busy with other work.

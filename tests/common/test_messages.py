@@ -7,10 +7,10 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
+from common.base_model import Fingerprint
 from common.config import Config, FederationConfig, LoraConfig, QuantiseConfig, TrainConfig
 from common.errors import ConfigError
 from common.messages import REASONS, Plan, Settings, built
-from common.models import Fingerprint
 
 SETTINGS = Settings.of(Config(seed=7))
 PLAN = Plan("run-1", 2, ("north", "south"), 12, "ab" * 32, Fingerprint("c", "w", "t"), SETTINGS)
@@ -20,7 +20,7 @@ def test_settings_are_taken_from_the_configuration() -> None:
     config = Config(seed=9, federation=FederationConfig(rounds=3, method="ffa", weighting="uniform", weight_unit=2))
     settings = Settings.of(config)
     assert (settings.seed, settings.rounds, settings.method) == (9, 3, "ffa")
-    assert (settings.weighting, settings.weight_unit, settings.model) == ("uniform", 2, "embedded")
+    assert (settings.weighting, settings.weight_unit) == ("uniform", 2)
     assert (settings.lora, settings.train, settings.quantise) == (config.lora, config.train, config.quantise)
 
 

@@ -30,20 +30,11 @@ from transformers import (
 )
 
 from common.adapter import Adapter, is_a, is_b
+from common.base_model import EMBEDDED, Fingerprint, fingerprint, model_directory
 from common.config import LoraConfig
 from common.errors import ModelError
 from common.evaluation import evaluate
-from common.models import (
-    EMBEDDED,
-    Fingerprint,
-    LoraModel,
-    fingerprint,
-    load,
-    load_adapter,
-    load_tokenizer,
-    model_directory,
-    save_adapter,
-)
+from common.models import LoraModel, load, load_adapter, load_tokenizer, save_adapter
 from common.text import Example, pack
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.adapter import Adapter
+from common.base_model import Fingerprint
 from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
 from common.errors import Refusal
 from common.flower import from_records, to_records
@@ -31,7 +32,6 @@ from common.messages import (
     Settings,
     TrainRequest,
 )
-from common.models import Fingerprint
 from common.wire import ARRAY, Wire, from_wire, to_wire
 
 Message = Request | Reply
@@ -44,7 +44,6 @@ shares = st.floats(0, 1, exclude_max=True)
 fingerprints = st.builds(Fingerprint, texts, texts, texts)
 settings_ = st.builds(
     Settings,
-    model=texts,
     seed=st.integers(0, 2**32 - 1),
     rounds=st.integers(1, 10**6),
     method=texts,
@@ -75,7 +74,7 @@ matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_s
 adapters = st.builds(Adapter, st.dictionaries(texts, matrices, max_size=4))
 vectors = hnp.arrays(np.uint32, st.integers(0, 50))
 messages = st.one_of(
-    st.builds(Hello, versions, texts, fingerprints),
+    st.builds(Hello, versions, fingerprints),
     st.builds(Introduction, words, versions, words, fingerprints),
     st.builds(TrainRequest, plans, adapters),
     st.builds(Contribution, texts, vectors),
@@ -96,7 +95,7 @@ FINGERPRINT = Fingerprint("c", "w", "t")
 ADAPTER = Adapter({"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.zeros((4, 2))})
 PLAN = Plan("run-1", 2, ("north", "south"), 14, ADAPTER.digest(), FINGERPRINT, Settings.of(Config(seed=7)))
 EXAMPLES: dict[str, Message] = {
-    "Hello": Hello(1, "embedded", FINGERPRINT),
+    "Hello": Hello(1, FINGERPRINT),
     "Introduction": Introduction("north", 1, "0.1.0", FINGERPRINT),
     "TrainRequest": TrainRequest(PLAN, ADAPTER),
     "Contribution": Contribution(PLAN.digest(), np.arange(5, dtype=np.uint32)),

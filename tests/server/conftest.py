@@ -13,12 +13,12 @@ import pytest
 
 from common import fixed_point
 from common.adapter import Adapter, flatten
+from common.base_model import Fingerprint
 from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, QuantiseConfig
 from common.evaluation import Scores
 from common.fixed_point import NATS, Ring
 from common.messages import Contribution, Plan, Reply, Request, TrainRequest
 from common.methods import METHODS
-from common.models import Fingerprint
 from common.randomness import seeded
 from server.rounds import Progress, begin, run_rounds
 from tests.client.conftest import base_model, institution

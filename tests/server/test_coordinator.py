@@ -144,6 +144,7 @@ def test_a_run_learns_and_leaves_what_it_should(whole: tuple[Stage, Progress], c
     assert {path.name for path in stage.directory.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
+        "refused.json",
         "checkpoints",
         "adapter",
     }

@@ -63,7 +63,7 @@ from tests.client.conftest import NAMES, make_config, make_records
 from tests.server.conftest import BASE, ROSTER, rounds_config, small_adapter
 
 RUN, TASK = 5, 1
-HELLO = Hello(PROTOCOL, "base", BASE)
+HELLO = Hello(PROTOCOL, BASE)
 Answer = Callable[[Message], Message | None]
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import ArmConfig
+from common.config import POOLED, ArmConfig
 from common.config_files import load
 from common.errors import RunStopped
 from common.records import read_jsonl
-from simulations.compare import POOLED, arm_config, gap_closed, run_arm, write_pooled
+from simulations.compare import arm_config, gap_closed, run_arm, write_pooled
 from simulations.generate import federation as generator
 from simulations.layout import RunDirectory
 
@@ -63,7 +63,7 @@ def test_pooled_holds_everybodys_training_records_and_no_test_record(tmp_path: P
     federation = generator.generate(CONFIG.data)
     generator.write(federation, directory.records(CONFIG))
     write_pooled(CONFIG, directory)
-    pooled = read_jsonl(directory.arms / "data" / POOLED / "train.jsonl")
+    pooled = read_jsonl(directory.pooled_records / POOLED / "train.jsonl")
     assert sorted(map(repr, pooled)) == sorted(
         repr(record) for splits in federation.institutions.values() for record in splits.train
     )
@@ -73,7 +73,7 @@ def test_pooled_holds_everybodys_training_records_and_no_test_record(tmp_path: P
 
 def test_no_worker_outlives_a_killed_command() -> None:
     code = (
-        "from simulations.compare import process_pool\nimport os, time\n"
+        "from simulations.processes import process_pool\nimport os, time\n"
         "if __name__ == '__main__':\n"
         "    with process_pool(1) as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"

@@ -81,7 +81,7 @@ def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: t
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from common.models import model_directory
+    from common.base_model import model_directory
 
     out, summary = whole
     base = AutoModelForCausalLM.from_pretrained(model_directory("embedded"))
@@ -177,7 +177,9 @@ def test_a_void_update_and_a_crash_are_counted_and_the_run_goes_on(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["void_updates"] == 1
-    assert summary["refused"] == {"northgate": "internal_error"}
+    assert summary["refused"] == {}
+    assert summary["absences"] == {"northgate": {"internal_error": 1}}
+    assert "internal_error" in (out / "report.html").read_text()
     assert "4711" not in done.stdout + done.stderr
     assert "4711" in (out / "institutions" / "northgate" / "client.log").read_text()
 
@@ -195,11 +197,16 @@ def test_when_everybody_fails_the_run_stops_and_says_why(tmp_path: Path) -> None
 def test_records_written_by_data_can_be_used_as_they_are(tmp_path: Path) -> None:
     records = tmp_path / "data"
     assert silotune("data", "smoke", "--out", records).returncode == 0
+    again = ["run", "smoke", *PLAIN, "federation.rounds=1", f"data.directory={records}", "--json"]
+    done = silotune(*again, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "data").exists()
+    # A mistake is told before anything is trained, by file and line.
     (records / "northgate" / "train.jsonl").write_text('{"prompt": "no completion", "person": "p"}\n')
-    done = silotune("run", "smoke", *PLAIN, f"data.directory={records}", "--out", tmp_path / "run")
-    assert done.returncode == 6
-    assert "northgate: data_unreadable" in " ".join((done.stderr + done.stdout).split())
-    assert "train.jsonl:1" in (tmp_path / "run" / "institutions" / "northgate" / "client.log").read_text()
+    done = silotune(*again, "--out", tmp_path / "another")
+    assert done.returncode == 3
+    assert "northgate/train.jsonl:1:" in "".join(done.stderr.split())
+    assert not (tmp_path / "another" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
