@@ -221,7 +221,8 @@ def save_adapter(adapter: Adapter, lora: LoraConfig, path: str, directory: Path)
         # As bytes, since the file that safetensors writes itself could be read by its owner only.
         content = save(dict(adapter.factors), metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").write_bytes(content)
-        config = peft_config(lora, path)
+        # Its name alone: where the base model lies on this machine is nobody else's business.
+        config = peft_config(lora, Path(path).name)
         config.inference_mode = True
         config.save_pretrained(str(folder))
 
