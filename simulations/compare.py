@@ -7,7 +7,7 @@ number of rounds, passes over each record, learning-rate schedule and rule for c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from simulations.processes import process_pool
 
 @dataclass(frozen=True)
 class ArmScores:
-    """An arm's scores on test records: everybody's, and each institution's own.
+    """An arm's scores on test records: everybody's, and the own ones of institutions, by name.
 
     stopped: why its training ended before time, such as a loss that diverged; its last good round is scored.
     """
@@ -77,13 +77,18 @@ def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
     return coordinate(mine, home.root, directory.central(config, "validation"), members, Observer()).progress
 
 
-def score(config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None) -> ArmScores:
-    """Reads the test records once, for one arm; without an adapter, for the base model."""
+def score(
+    config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None, homes: Sequence[str]
+) -> ArmScores:
+    """Reads the test records once, for one arm: everybody's, and the own ones of the institutions `homes`.
+
+    Without an adapter it is the base model that is scored.
+    """
     found = bench.start if adapter is None else load_adapter(adapter)
     records = directory.records(config)
     return ArmScores(
         everyone=bench.scores(found, bench.read(directory.central(config, "test"))),
-        own={name: bench.scores(found, bench.read(records / name / "test.jsonl")) for name in config.data.institutions},
+        own={name: bench.scores(found, bench.read(records / name / "test.jsonl")) for name in homes},
     )
 
 
@@ -105,7 +110,8 @@ def _arm_process(config: Config, root: Path, arm: str) -> tuple[str, ArmScores]:
     except RunStopped as error:
         stopped = str(error)
     adapter = directory.arms / arm / "adapter"
-    scores = score(config, directory, Bench.of(config), adapter if adapter.exists() else None)
+    homes = [] if arm == POOLED else [arm]
+    scores = score(config, directory, Bench.of(config), adapter if adapter.exists() else None, homes)
     return arm, replace(scores, stopped=stopped)
 
 

@@ -94,8 +94,8 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     bench = Bench.of(config)
     outcome = _federate(config, directory, bench, console)
     federated_at = time.perf_counter()
-    base = compare.score(config, directory, bench, None)
-    federated = compare.score(config, directory, bench, directory.root / "adapter")
+    base = compare.score(config, directory, bench, None, config.data.institutions)
+    federated = compare.score(config, directory, bench, directory.root / "adapter", config.data.institutions)
     arms = _run_arms(config, directory, console) if config.compare.enabled else {}
     seconds = {
         **_seconds(outcome.progress),
