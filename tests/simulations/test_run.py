@@ -99,17 +99,6 @@ def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: t
     assert math.exp(loss / tokens) == pytest.approx(summary["everyone"]["federated"]["perplexity"], rel=1e-4)
 
 
-def test_only_training_records_reach_an_institution_and_only_sums_the_coordinator(
-    whole: tuple[Path, dict[str, Any]],
-) -> None:
-    out, summary = whole
-    kept = b"".join(file.read_bytes() for file in out.glob("checkpoints/*")) + (out / "metrics.jsonl").read_bytes()
-    for name in summary["institutions"]:
-        (file,) = (out / "institutions" / name).glob("*/metrics.jsonl")
-        for line in file.read_text().splitlines():
-            assert str(json.loads(line)["train_loss"]).encode() not in kept
-
-
 def test_one_process_gives_the_same_adapter_as_the_engine(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     import torch
 
