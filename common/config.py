@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 COORDINATOR = "coordinator"
 POOLED = "pooled"
@@ -14,9 +15,20 @@ POOLED = "pooled"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """path: `embedded` (the small Llama shipped with Silotune) or a local directory that transformers can load."""
+    """The base model, and how this machine holds it.
+
+    path: `embedded` (the small Llama shipped with Silotune) or a local directory that transformers can load.
+    device: `cpu`, `cuda`, or `auto`: CUDA where there is one.
+    dtype: of the base and of its arithmetic, `float32` or `bfloat16`; adapters stay float32. `auto` is bfloat16 on CUDA
+    that has it, and float32 elsewhere, so that a run on CPU gives the same numbers on every machine.
+    weights: how the frozen base is kept, `full`, or `8bit` or `4bit` through bitsandbytes on CUDA (Dettmers et al.
+    2022, 2023).
+    """
 
     path: str = "embedded"
+    device: str = "auto"
+    dtype: str = "auto"
+    weights: str = "full"
 
 
 @dataclass(frozen=True)
@@ -33,26 +45,89 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Generated institutions, or a directory of jsonl files as `silotune-sim data` writes it.
+class ColumnsConfig:
+    """What a file calls its columns. `kind`, and whichever of the four forms of record it has, are enough."""
 
-    generator: `hospitals` or `banks`; ignored when `directory` is set.
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    messages: str = "messages"
+    kind: str = "kind"
+
+
+@dataclass(frozen=True)
+class FileConfig:
+    """A file of records.
+
+    path: jsonl, csv or parquet; empty where records are generated or lie in `data.directory`.
+    person: the column that says whose record it is; `-`: there is none, and every record is a person of its own.
+    """
+
+    path: str = ""
+    person: str = "person"
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass(frozen=True)
+class InstitutionConfig(FileConfig):
+    """An institution of a simulation, and its file where it has one."""
+
+    name: str = ""
+
+    def brief(self) -> str | dict[str, Any]:
+        """As a file would say it: what is not the default, and the plain name where nothing else is left."""
+        said = {key: value for key, value in asdict(self).items() if value != getattr(InstitutionConfig(), key)}
+        if self.columns != ColumnsConfig():
+            said["columns"] = {k: v for k, v in asdict(self.columns).items() if v != getattr(ColumnsConfig(), k)}
+        else:
+            said.pop("columns")
+        return self.name if set(said) <= {"name"} else {"name": self.name, **said}
+
+
+def named(*names: str) -> list[InstitutionConfig]:
+    """Institutions without files of their own."""
+    return [InstitutionConfig(name=name) for name in names]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where records come from: a generator, a directory as `silotune-sim data` writes it, or a file an institution.
+
+    generator: `hospitals` or `banks`; ignored when `directory` or a path is set.
     directory: DIR/<institution>/{train,validation,test}.jsonl and DIR/coordinator/{validation,test}.jsonl.
-    institutions: names, in order.
+    institutions: in order; a plain name stands for one without a file.
+    coordinator: its file of records for central evaluation; without one, every institution's file lends some.
+    held_out: share of each file's persons in each of validation and test; as much again is lent to a coordinator
+    that has no file of its own.
     train_records: one count per institution.
     own_records / central_records: records in each of validation and test, per institution / at the coordinator.
     dirichlet: concentration of each institution's mix of specialties; small means specialised (Hsu et al. 2019).
-    seed: of the generator; independent of the run's seed.
+    seed: of the generator, or of the split of files; independent of the run's seed.
     """
 
     generator: str = "hospitals"
     directory: str = ""
-    institutions: list[str] = field(default_factory=list)
+    institutions: list[InstitutionConfig] = field(default_factory=list)
+    coordinator: FileConfig = field(default_factory=FileConfig)
+    held_out: float = 0.1
     train_records: list[int] = field(default_factory=list)
     own_records: int = 40
     central_records: int = 120
     dirichlet: float = 0.5
     seed: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The institutions' names, in order."""
+        return tuple(institution.name for institution in self.institutions)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether each institution brings a file of its own."""
+        return any(institution.path for institution in self.institutions)
 
 
 @dataclass(frozen=True)
@@ -64,7 +139,12 @@ class TrainConfig:
     learning_rate: AdamW's peak, reached after `warmup` (share of all rounds), then cosine to `final_rate` x peak.
     optimizer_state: `keep` AdamW's moments at the institution between rounds, or `reset` them.
     proximal: mu of FedProx (Li et al. 2020, equation 2); 0 is off.
-    max_tokens: longest record, in tokens; longer ones are cut.
+    max_tokens: longest record, in tokens. long: what becomes of a longer one, `truncate` or `chunk`; the second cuts it
+    in pieces that share `overlap` tokens, supervised once.
+    supervised: `completion` (answers of the assistant, in a chat) or `all` tokens.
+    row_tokens: a step's records go through the model in packed rows of at most so many tokens, whose gradients add up;
+    it bounds memory and changes nothing else.
+    checkpointing: forget activations and compute them again in the backward pass (Chen et al. 2016); slower, smaller.
     """
 
     passes_per_round: float = 1.0
@@ -77,6 +157,11 @@ class TrainConfig:
     optimizer_state: str = "keep"
     proximal: float = 0.0
     max_tokens: int = 256
+    long: str = "truncate"
+    overlap: int = 32
+    supervised: str = "completion"
+    row_tokens: int = 8192
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +264,19 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run's curves go besides metrics.jsonl; only what the coordinator sees.
+
+    tensorboard: event files in the run directory. mlflow: a tracking URI; wandb: a project name; empty is off. Both
+    need their own package, and send to whatever server they are set up for.
+    """
+
+    tensorboard: bool = True
+    mlflow: str = ""
+    wandb: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on; written resolved beside its results."""
 
@@ -193,4 +291,5 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)

@@ -11,10 +11,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
-from common.config import Config
+from common.config import Config, InstitutionConfig
 from common.config_rules import RULES, impossible, short
 from common.errors import ConfigError
 
@@ -88,7 +89,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: with every impossible value, one a line.
     """
-    mistakes = impossible(_flatten(_plain(config)))
+    mistakes = impossible({key: reduce(getattr, key.split("."), config) for key in _kinds(Config)})
     if mistakes:
         raise ConfigError("\n  ".join([f"configuration {config.name!r} cannot be meant", *mistakes]))
 
@@ -110,11 +111,13 @@ def _plain(config: Config) -> dict[str, Any]:
     """Nested dicts in declaration order; an int given where a float is declared becomes one, so that digests agree."""
 
     def convert(value: Any, kind: object) -> Any:
+        if isinstance(value, InstitutionConfig):
+            return value.brief()
         if dataclasses.is_dataclass(value):
             kinds = get_type_hints(type(value))
             return {name: convert(getattr(value, name), kinds[name]) for name in kinds}
         if isinstance(value, list):
-            return list(value)
+            return [convert(part, get_args(kind)[0]) for part in value]
         return float(value) if kind is float else value
 
     plain: dict[str, Any] = convert(config, Config)
@@ -122,12 +125,17 @@ def _plain(config: Config) -> dict[str, Any]:
 
 
 def _build(values: Mapping[str, Any]) -> Config:
-    from omegaconf import OmegaConf
+    def section(kind: type, prefix: str) -> Any:
+        return kind(
+            **{
+                name: section(cast(type, hint), f"{prefix}{name}.")
+                if dataclasses.is_dataclass(hint)
+                else values[f"{prefix}{name}"]
+                for name, hint in get_type_hints(kind).items()
+            }
+        )
 
-    tree = OmegaConf.create({})
-    for key, value in values.items():
-        OmegaConf.update(tree, key, value)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
+    config = section(Config, "")
     assert isinstance(config, Config)
     return config
 
@@ -281,7 +289,7 @@ def _dereference(raw: object, key: str, tree: DictConfig) -> object:
 
 
 def _convert(value: object, kind: object) -> object:
-    """The value in a field's type by OmegaConf's rules; a list of plain values may also be text with commas.
+    """The value in a field's type by OmegaConf's rules; a list may also be text with commas.
 
     Raises:
         _MisreadError: it cannot be converted without loss.
@@ -291,20 +299,46 @@ def _convert(value: object, kind: object) -> object:
 
     nodes: dict[object, ValueNode] = {int: IntegerNode(), float: FloatNode(), str: StringNode(), bool: BooleanNode()}
 
-    def scalar(part: object, kind: object) -> object:
-        if part is None or part == "???" or isinstance(part, dict | list):
+    def single(part: object, kind: object) -> object:
+        if dataclasses.is_dataclass(kind) and isinstance(part, str | dict):
+            return _element(part, cast(type, kind))
+        if dataclasses.is_dataclass(kind) or part is None or part == "???" or isinstance(part, dict | list):
             raise _MisreadError(f"found {short(value)}")
         return nodes[kind].validate_and_convert(part)
 
     try:
         if not get_args(kind):
-            return scalar(value, kind)
+            return single(value, kind)
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) and value else value or []
+        if isinstance(parts, dict):
+            raise _MisreadError(f"found {short(value)}")
         if not isinstance(parts, list):
             parts = [parts]
-        return [scalar(part, get_args(kind)[0]) for part in parts]
+        return [single(part, get_args(kind)[0]) for part in parts]
     except OmegaConfBaseException as error:
         raise _MisreadError(f"found {short(value)}") from error
+
+
+def _element(value: object, kind: type) -> object:
+    """One entry of a list of sections; a plain name stands for a section that has nothing else.
+
+    Raises:
+        _MisreadError: a key is unknown, or a value has not its type.
+    """
+    layer = value if isinstance(value, dict) else {"name": value}
+    hints = get_type_hints(kind)
+    if unknown := [str(name) for name in layer if name not in hints]:
+        close = difflib.get_close_matches(unknown[0], hints, 1, 0)[0]
+        raise _MisreadError(f"found {short(value)}, where {unknown[0]} is unknown and the nearest known key is {close}")
+    made = {}
+    for name, hint in hints.items():
+        if name in layer:
+            nested = dataclasses.is_dataclass(hint) and isinstance(layer[name], dict)
+            try:
+                made[name] = _element(layer[name], cast(type, hint)) if nested else _convert(layer[name], hint)
+            except _MisreadError as error:
+                raise _MisreadError(f"in {short(value)}, {name}: {error}") from error
+    return kind(**made)
 
 
 def _kinds(section: type, prefix: str = "") -> dict[str, object]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from common.config import COORDINATOR, POOLED
+from common.config import COORDINATOR, POOLED, ColumnsConfig, InstitutionConfig
 from common.fixed_point import RING_BITS, member_bits
 from common.methods import METHODS
 
@@ -62,6 +62,27 @@ def _distinct(names: Sequence[str], pattern: str) -> bool:
 
 
 _NAME = r"[a-z0-9][a-z0-9_-]*"
+_PATH = Rule("a path, or empty", lambda path: path == path.strip() and "${" not in path)
+_COLUMN = Rule("the name of a column", lambda name: bool(name.strip()))
+
+
+def _file(prefix: str) -> dict[str, Rule]:
+    """The rules of a FileConfig."""
+    columns = {f"{prefix}columns.{field.name}": _COLUMN for field in fields(ColumnsConfig)}
+    return {f"{prefix}path": _PATH, f"{prefix}person": _COLUMN, **columns}
+
+
+def _institutions(institutions: Sequence[InstitutionConfig]) -> bool:
+    names = [institution.name for institution in institutions]
+    return (
+        len(names) > 0
+        and not {COORDINATOR, POOLED} & set(names)
+        and _distinct(names, _NAME)
+        and len({bool(institution.path) for institution in institutions}) == 1
+        and all(_PATH.holds(institution.path) and _COLUMN.holds(institution.person) for institution in institutions)
+        and all(_COLUMN.holds(name) for institution in institutions for name in asdict(institution.columns).values())
+    )
+
 
 RULES: dict[str, Rule] = {
     "name": Rule(
@@ -70,6 +91,9 @@ RULES: dict[str, Rule] = {
     ),
     "seed": _SEED,
     "model.path": Rule("embedded, or a local directory", lambda path: bool(path.strip()) and "${" not in path),
+    "model.device": _one_of("auto", "cpu", "cuda"),
+    "model.dtype": _one_of("auto", "float32", "bfloat16"),
+    "model.weights": _one_of("full", "8bit", "4bit"),
     "lora.rank": _whole(1),
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE_NOT_ONE,
@@ -82,10 +106,12 @@ RULES: dict[str, Rule] = {
         "a directory, or empty to generate the records", lambda path: path == path.strip() and "${" not in path
     ),
     "data.institutions": Rule(
-        f"at least one name, all different, of a-z, 0-9, - and _, a letter or digit first; "
-        f"`{COORDINATOR}` and `{POOLED}` are taken",
-        lambda names: len(names) > 0 and not {COORDINATOR, POOLED} & set(names) and _distinct(names, _NAME),
+        "at least one name, or {name: ..., path: ..., person: ..., columns: {...}}; names all different, of a-z, 0-9,"
+        f" - and _, a letter or digit first; `{COORDINATOR}` and `{POOLED}` are taken; a path for each or for none",
+        _institutions,
     ),
+    **_file("data.coordinator."),
+    "data.held_out": Rule("a number above 0, below 0.25", lambda value: 0 < value < 0.25),
     "data.train_records": Rule(
         "whole numbers of at least 1, one for each institution", lambda counts: all(count >= 1 for count in counts)
     ),
@@ -103,6 +129,11 @@ RULES: dict[str, Rule] = {
     "train.optimizer_state": _one_of("keep", "reset"),
     "train.proximal": _NOT_NEGATIVE,
     "train.max_tokens": _whole(2),
+    "train.long": _one_of("truncate", "chunk"),
+    "train.overlap": _whole(0),
+    "train.supervised": _one_of("completion", "all"),
+    "train.row_tokens": _whole(2),
+    "train.checkpointing": _TRUTH,
     "federation.rounds": _whole(1),
     "federation.method": _one_of(*METHODS),
     "federation.weighting": _one_of("records", "uniform"),
@@ -136,6 +167,9 @@ RULES: dict[str, Rule] = {
         "at least one finite number above 0",
         lambda rates: bool(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
     ),
+    "tracking.tensorboard": _TRUTH,
+    "tracking.mlflow": Rule("a tracking URI, or empty", lambda uri: uri == uri.strip()),
+    "tracking.wandb": Rule("a project name, or empty", lambda project: project == project.strip()),
     "simulation.actors": _whole(1),
     "simulation.threads": _whole(1),
     "simulation.faults": Rule(
@@ -150,26 +184,54 @@ def _sum_bits(bits: int, weight_bits: int, institutions: Sequence[str]) -> int:
     return bits + weight_bits + member_bits(len(institutions))
 
 
+def _have_files(institutions: Sequence[InstitutionConfig]) -> bool:
+    return any(institution.path for institution in institutions)
+
+
 AGREEMENTS: tuple[Agreement, ...] = (
     Agreement(
-        ("data.generator", "data.directory"),
-        lambda generator, directory: bool(generator or directory),
-        lambda generator, directory: (
-            "data.generator: found '', and data.directory is empty; one of the two must say where records come from"
+        ("data.generator", "data.directory", "data.institutions"),
+        lambda generator, directory, institutions: bool(generator or directory or _have_files(institutions)),
+        lambda generator, directory, institutions: (
+            "data.generator: found '', and neither data.directory nor a path in data.institutions; one of the three"
+            " must say where records come from"
+        ),
+    ),
+    Agreement(
+        ("data.directory", "data.institutions"),
+        lambda directory, institutions: not (directory and _have_files(institutions)),
+        lambda directory, institutions: (
+            f"data.directory: found {short(directory)}, and a path in data.institutions; allowed: one of the two"
+        ),
+    ),
+    Agreement(
+        ("data.coordinator.path", "data.institutions"),
+        lambda path, institutions: not path or _have_files(institutions),
+        lambda path, institutions: (
+            f"data.coordinator.path: found {short(path)}, and no path in data.institutions; allowed: only beside those"
         ),
     ),
     Agreement(
         ("data.train_records", "data.institutions", "data.directory"),
-        lambda counts, names, directory: len(counts) == len(names) or (directory and not counts),
-        lambda counts, names, directory: (
-            f"data.train_records: found {len(counts)} counts for {len(names)} institutions; allowed: one count for each"
+        lambda counts, institutions, directory: (
+            len(counts) == len(institutions) or (not counts and bool(directory or _have_files(institutions)))
+        ),
+        lambda counts, institutions, directory: (
+            f"data.train_records: found {len(counts)} counts for {len(institutions)} institutions;"
+            " allowed: one count for each"
         ),
     ),
     Agreement(
+        ("train.overlap", "train.max_tokens"),
+        lambda overlap, most: overlap < most,
+        lambda overlap, most: f"train.overlap: found {overlap}; allowed: less than train.max_tokens = {most}",
+    ),
+    Agreement(
         ("simulation.faults", "data.institutions"),
-        lambda entries, names: {entry.partition(":")[0] for entry in entries} <= set(names),
-        lambda entries, names: (
-            f"simulation.faults: found {', '.join(entries)}; allowed: institutions {', '.join(names)}"
+        lambda entries, institutions: {entry.partition(":")[0] for entry in entries} <= {i.name for i in institutions},
+        lambda entries, institutions: (
+            f"simulation.faults: found {', '.join(entries)}; allowed:"
+            f" institutions {', '.join(institution.name for institution in institutions)}"
         ),
     ),
     Agreement(
@@ -207,5 +269,7 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
 
 def short(value: object) -> str:
     """A value as an error message shows it."""
+    if isinstance(value, list):
+        value = [part.brief() if isinstance(part, InstitutionConfig) else part for part in value]
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -143,11 +143,11 @@ def _meet(config: Config, members: Transport, observer: Observer) -> tuple[tuple
     Whoever is not among `data.institutions` stays outside: the sum is laid out for them, and counted by them.
     """
     hello = Hello(PROTOCOL, fingerprint(config.model.path))
-    answers = members.meet(hello, len(config.data.institutions), config.federation.timeout_s)
+    answers = members.meet(hello, len(config.data.names), config.federation.timeout_s)
     roster: list[str] = []
     refused: dict[str, str] = {}
     for found, answer in sorted(answers.items()):
-        if isinstance(answer, Introduction) and found in config.data.institutions:
+        if isinstance(answer, Introduction) and found in config.data.names:
             roster.append(found)
             continue
         said = answer if isinstance(answer, Refused) else Refused(NOT_INVITED, found)

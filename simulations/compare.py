@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import POOLED, ArmConfig, Config
+from common.config import POOLED, ArmConfig, Config, named
 from common.errors import RunStopped
 from common.evaluation import Scores
 from common.files import storage_errors
@@ -48,7 +48,7 @@ def arm_config(config: Config, arm: str) -> Config:
     return replace(
         config,
         name=f"{config.name}-{arm}",
-        data=replace(config.data, institutions=[arm], train_records=[]),
+        data=replace(config.data, institutions=named(arm), train_records=[]),
         train=replace(config.train, batch_size=tuned.batch_size, learning_rate=tuned.learning_rate),
         federation=replace(
             config.federation,
@@ -64,7 +64,7 @@ def arm_config(config: Config, arm: str) -> Config:
 def write_pooled(config: Config, directory: RunDirectory) -> None:
     """Puts all training records into one institution's folder."""
     records = directory.records(config)
-    together = [record for name in config.data.institutions for record in read_jsonl(records / name / "train.jsonl")]
+    together = [record for name in config.data.names for record in read_jsonl(records / name / "train.jsonl")]
     write_jsonl(directory.pooled_records / POOLED / "train.jsonl", together)
 
 
@@ -123,7 +123,7 @@ def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str, Arm
     with storage_errors(directory.arms):
         write_pooled(config, directory)
     # The pooled arm is as long as all the others together, so it goes first.
-    arms = (POOLED, *config.data.institutions)
+    arms = (POOLED, *config.data.names)
     results: dict[str, ArmScores] = {}
     with process_pool(config.simulation.actors) as pool:
         futures: list[Future[tuple[str, ArmScores]]] = [

@@ -45,7 +45,7 @@ def simulate(config: Config, directory: RunDirectory, coordinate: Callable[[Flow
         run_simulation(
             server_app=build_server_app(guarded, stop),
             client_app=build_client_app(VirtualInstitutions(config, directory.root)),
-            num_supernodes=len(config.data.institutions),
+            num_supernodes=len(config.data.names),
             backend_config={
                 "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
                 "init_args": {

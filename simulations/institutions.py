@@ -79,6 +79,6 @@ class VirtualInstitutions:
         import torch
 
         torch.set_num_threads(self.config.simulation.threads)
-        name = self.config.data.institutions[int(context.node_config["partition-id"])]
+        name = self.config.data.names[int(context.node_config["partition-id"])]
         directory = RunDirectory(self.root)
         return virtual(self.config, directory, name, directory.records(self.config))

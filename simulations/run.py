@@ -73,13 +73,13 @@ def _write_records(config: Config, directory: RunDirectory) -> None:
         generator.write(generator.generate(config.data), directory.records(config))
         return
     records = directory.records(config)
-    missing = [name for name in (*config.data.institutions, COORDINATOR) if not (records / name).is_dir()]
+    missing = [name for name in (*config.data.names, COORDINATOR) if not (records / name).is_dir()]
     if missing:
         raise DataError(
             f"data.directory: expected a folder for each institution and the coordinator in {records}, "
             f"missing: {', '.join(missing)}"
         )
-    for name in (*config.data.institutions, COORDINATOR):
+    for name in (*config.data.names, COORDINATOR):
         for split in ("validation", "test") if name == COORDINATOR else ("train", "validation", "test"):
             read_jsonl(records / name / f"{split}.jsonl")
 
@@ -88,14 +88,14 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     began = time.perf_counter()
     before = _seconds(checkpoints.latest(directory.root / "checkpoints", config_files.digest(config)))
     console.print(
-        f"[bold]{config.name}[/]: {len(config.data.institutions)} institutions, {config.federation.rounds} rounds of "
+        f"[bold]{config.name}[/]: {len(config.data.names)} institutions, {config.federation.rounds} rounds of "
         f"{config.federation.method}, base model {escape(config.model.path)}; results in {escape(str(directory.root))}"
     )
     bench = Bench.of(config)
     outcome = _federate(config, directory, bench, console)
     federated_at = time.perf_counter()
-    base = compare.score(config, directory, bench, None, config.data.institutions)
-    federated = compare.score(config, directory, bench, directory.root / "adapter", config.data.institutions)
+    base = compare.score(config, directory, bench, None, config.data.names)
+    federated = compare.score(config, directory, bench, directory.root / "adapter", config.data.names)
     arms = _run_arms(config, directory, console) if config.compare.enabled else {}
     seconds = {
         **_seconds(outcome.progress),
@@ -149,7 +149,7 @@ def _federate(config: Config, directory: RunDirectory, bench: Bench, console: Co
 
 def _run_arms(config: Config, directory: RunDirectory, console: Console) -> dict[str, ArmScores]:
     with _bar(console) as bar:
-        task = bar.add_task("comparing: local-only and pooled", total=len(config.data.institutions) + 1)
+        task = bar.add_task("comparing: local-only and pooled", total=len(config.data.names) + 1)
 
         def on_arm(arm: str, scores: ArmScores) -> None:
             if scores.stopped:
@@ -203,7 +203,7 @@ def _summary(
     progress, history = outcome.progress, outcome.progress.history
     everyone: dict[str, Any] = {"base": base.everyone.as_dict(), "federated": federated.everyone.as_dict()}
     gap = None
-    local = {name: arms[name] for name in config.data.institutions if name in arms}
+    local = {name: arms[name] for name in config.data.names if name in arms}
     if local:
         best = min(local, key=lambda name: local[name].everyone.perplexity)
         everyone["local"] = {name: scores.everyone.as_dict() for name, scores in local.items()}
@@ -220,7 +220,7 @@ def _summary(
         "rounds_planned": config.federation.rounds,
         "best_round": progress.best_round,
         "stopped_early": stopped_early(config, progress),
-        "institutions": list(config.data.institutions),
+        "institutions": list(config.data.names),
         "refused": dict(outcome.refused),
         "absences": _absences(history),
         "everyone": everyone,
@@ -230,7 +230,7 @@ def _summary(
                 **({"local": local[name].own[name].as_dict()} if name in local else {}),
                 "federated": federated.own[name].as_dict(),
             }
-            for name in config.data.institutions
+            for name in config.data.names
         },
         "gap_closed": gap,
         "bytes_per_client_round": {"up": history[-1].bytes_up, "down": history[-1].bytes_down},

@@ -107,7 +107,7 @@ def _trial(config: Config, root: Path, arm: Arm, batch_size: int, rate: float) -
         perplexity = _perplexity(_federated, config, place, found)
     else:
         trial = replace(config, compare=replace(config.compare, local=found, pooled=found))
-        names = [POOLED] if arm == "pooled" else config.data.institutions
+        names = [POOLED] if arm == "pooled" else config.data.names
         if arm == "pooled":
             write_pooled(config, place)
         logs = [math.log(_perplexity(run_arm, trial, place, name)) for name in names]
@@ -130,7 +130,7 @@ def _federated(config: Config, place: RunDirectory, found: ArmConfig) -> Progres
         train=replace(config.train, batch_size=found.batch_size, learning_rate=found.learning_rate),
         evaluation=replace(config.evaluation, exact=[], institutions=False),
     )
-    members = InProcessMembers([virtual(trial, place, name, place.records(trial)) for name in trial.data.institutions])
+    members = InProcessMembers([virtual(trial, place, name, place.records(trial)) for name in trial.data.names])
     return coordinate(trial, place.root, place.central(trial, "validation"), members, Observer()).progress
 
 

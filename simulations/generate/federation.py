@@ -80,7 +80,7 @@ def generate(data: DataConfig) -> Federation:
         ConfigError: unknown generator, or names, counts or concentration that cannot be meant; all mistakes at once.
     """
     domain = _checked(data)
-    names = list(data.institutions)
+    names = list(data.names)
     houses = {name: _house(domain, position, name, data.seed) for position, name in enumerate(names)}
     mixes = topic_mixes(domain, data)
     shares = {name: _outcome_shares(domain, mixes[name], data, name) for name in names}
@@ -122,7 +122,7 @@ def topic_mixes(domain: Domain, data: DataConfig) -> dict[str, dict[str, float]]
     seen = dict.fromkeys((domain.topics[i] for i in rng.permutation(len(domain.topics))), 0.0)
     strongest: set[str] = set()
     mixes: dict[str, dict[str, float]] = {}
-    for name, count in zip(data.institutions, data.train_records, strict=True):
+    for name, count in zip(data.names, data.train_records, strict=True):
         drawn = sorted(rng.dirichlet([data.dirichlet] * len(seen)), reverse=True)
         rarest_first = sorted(seen, key=lambda topic: seen[topic])
         leading = next((topic for topic in rarest_first if topic not in strongest), rarest_first[0])

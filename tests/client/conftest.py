@@ -21,6 +21,7 @@ from common.config import (
     LoraConfig,
     ModelConfig,
     TrainConfig,
+    named,
 )
 from common.messages import Plan, Settings
 from common.methods import METHODS
@@ -95,7 +96,7 @@ def make_config(base_model: str, **changes: Any) -> Config:
         seed=SEED,
         model=ModelConfig(base_model),
         lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0),
-        data=DataConfig(institutions=list(NAMES), train_records=[9, 7, 5]),
+        data=DataConfig(institutions=named(*NAMES), train_records=[9, 7, 5]),
         train=TrainConfig(batch_size=2, learning_rate=5e-3, max_tokens=48),
         federation=FederationConfig(rounds=3, weight_unit=1, timeout_s=20.0),
         evaluation=EvaluationConfig(exact=[]),

@@ -12,17 +12,20 @@ from hypothesis import strategies as st
 
 from common.config import (
     ArmConfig,
+    ColumnsConfig,
     CompareConfig,
     Config,
     DataConfig,
     EvaluationConfig,
     FederationConfig,
+    InstitutionConfig,
     LoraConfig,
     ModelConfig,
     QuantiseConfig,
     ServerOptimizerConfig,
     SimulationConfig,
     TrainConfig,
+    named,
 )
 from common.config_files import configs_dir, digest, load, parse, to_yaml, validate
 from common.config_rules import AGREEMENTS, RULES
@@ -67,7 +70,7 @@ def test_a_name_means_the_shipped_file_whatever_lies_around(tmp_path: Path, monk
 
 def test_defaults_fill_what_a_file_leaves_out() -> None:
     config = parse(SMALLEST, "test.yaml")
-    assert config == Config(data=DataConfig(institutions=["a", "b"], train_records=[3, 4]))
+    assert config == Config(data=DataConfig(institutions=named("a", "b"), train_records=[3, 4]))
 
 
 def test_the_result_is_frozen() -> None:
@@ -234,6 +237,45 @@ def test_an_impossible_value_says_field_value_and_what_is_allowed(override: str)
 def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
     assert list(RULES) == leaves(Config)
     assert all(key in RULES for agreement in AGREEMENTS for key in agreement.keys)
+
+
+FILES = "data: {institutions: [{name: a, path: a.csv, person: pid, columns: {text: note}}, {name: b, path: b.jsonl}]}"
+
+
+def test_institutions_may_bring_files_with_columns_of_their_own() -> None:
+    config = parse(FILES, "test.yaml")
+    assert config.data.names == ("a", "b")
+    assert config.data.has_files
+    assert config.data.institutions[0] == InstitutionConfig(
+        name="a", path="a.csv", person="pid", columns=ColumnsConfig(text="note")
+    )
+    assert parse(to_yaml(config), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "data.institutions=[{name: a, path: x, persn: pid}]",
+            "where persn is unknown and the nearest known key is person",
+        ),
+        ("data.institutions=[{name: a, columns: {txt: n}}]", "where txt is unknown and the nearest known key is text"),
+        ("data.institutions=[{name: a, columns: 5}, b]", "columns: found 5"),
+        ("data.institutions=[{name: a, path: x}, b]", "a path for each or for none"),
+        ("data.institutions=[{path: x}, {path: y}]", "names all different"),
+        ("data.directory=records", "found 'records', and a path in data.institutions; allowed: one of the two"),
+        ("data.held_out=0.25", "allowed: a number above 0, below 0.25"),
+        ("train.overlap=256", "allowed: less than train.max_tokens = 256"),
+    ],
+)
+def test_what_cannot_be_meant_of_files_is_told(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse(FILES, "test.yaml", [override])
+
+
+def test_the_coordinators_file_stands_beside_files_only() -> None:
+    with pytest.raises(ConfigError, match=r"data\.coordinator\.path: found 'c\.csv', and no path"):
+        parse(SMALLEST, "test.yaml", ["data.coordinator.path=c.csv"])
 
 
 def test_counts_and_institutions_must_agree() -> None:
@@ -403,7 +445,7 @@ def configs(draw: st.DrawFn) -> Config:
             DataConfig,
             generator=st.sampled_from(["hospitals", "banks"]),
             directory=st.just("") | PATHS,
-            institutions=st.just(institutions),
+            institutions=st.just(named(*institutions)),
             train_records=st.lists(COUNTS, min_size=len(institutions), max_size=len(institutions)),
             dirichlet=numbers(0.01, 1e6),
             seed=SEEDS,

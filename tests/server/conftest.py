@@ -14,7 +14,7 @@ import pytest
 from common import fixed_point
 from common.adapter import Adapter, flatten
 from common.base_model import Fingerprint
-from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, QuantiseConfig
+from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, QuantiseConfig, named
 from common.evaluation import Scores
 from common.fixed_point import NATS, Ring
 from common.messages import Contribution, Plan, Reply, Request, TrainRequest
@@ -41,7 +41,7 @@ def rounds_config(
     return Config(
         name="tiny",
         seed=4,
-        data=DataConfig(institutions=list(institutions), directory="unused"),
+        data=DataConfig(institutions=named(*institutions), directory="unused"),
         federation=FederationConfig(**{"rounds": 4, "weight_unit": 1, "timeout_s": 5.0, **federation}),
         quantise=QuantiseConfig(clip=1.0, bits=20, weight_bits=8),
         evaluation=evaluation or EvaluationConfig(exact=[]),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import DataConfig
+from common.config import DataConfig, named
 from common.config_files import configs_dir, load
 from common.config_rules import GENERATORS
 from common.errors import ConfigError, StorageError
@@ -301,9 +301,9 @@ def test_the_coordinators_records_are_balanced_over_topics(name: str) -> None:
 
 def test_another_process_generates_the_same_records(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from common.config import DataConfig; "
+        "import sys; from pathlib import Path; from common.config import DataConfig, named; "
         "from simulations.generate.federation import generate, write; "
-        "write(generate(DataConfig(generator='banks', institutions=['a', 'b'], train_records=[30, 20], "
+        "write(generate(DataConfig(generator='banks', institutions=named('a', 'b'), train_records=[30, 20], "
         "own_records=10, central_records=20)), Path(sys.argv[1]))"
     )
     for run in ("1", "2"):
@@ -350,7 +350,7 @@ def test_the_configuration_knows_every_generator() -> None:
 def test_every_mistake_is_told_at_once() -> None:
     wrong = DataConfig(
         generator="schools",
-        institutions=["a", "a", "../b"],
+        institutions=named("a", "a", "../b"),
         train_records=[0],
         own_records=0,
         central_records=-1,
