@@ -69,6 +69,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		$(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo "Installing Silotune and what it needs into $(VENV): torch is large, this takes some minutes the first time ..."
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 	@echo "Ready: $(BIN)/silotune-sim --help"

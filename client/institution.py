@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,9 +24,10 @@ from client.training import Assignment, Trained, train
 from common import fixed_point
 from common.adapter import Adapter, check_same_form
 from common.base_model import Fingerprint, fingerprint
-from common.config import LoraConfig
+from common.config import LoraConfig, ModelConfig, TrainConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal
 from common.evaluation import Scores, evaluate
+from common.examples import examples_of
 from common.files import append_line
 from common.fixed_point import NATS
 from common.messages import (
@@ -52,20 +54,24 @@ from common.methods import METHODS
 from common.models import LoraModel, load, load_tokenizer
 from common.randomness import seeded
 from common.records import read_jsonl
-from common.text import Example, tokenise
+from common.text import Example
+
+_MODEL_IN_USE = threading.Lock()  # one model a process, so one contribution at a time
 
 
 @lru_cache(maxsize=1)
-def _shared_model(path: str, lora_json: str) -> LoraModel:
+def _shared_model(model: ModelConfig, lora_json: str) -> LoraModel:
     """The base model with an adapter on it, loaded once per process however many institutions it plays."""
-    return load(path, LoraConfig(**json.loads(lora_json)), seed=0)
+    return load(model, LoraConfig(**json.loads(lora_json)), seed=0)
 
 
 @lru_cache(maxsize=64)
-def _examples(file: Path, modified_ns: int, model_path: str, max_tokens: int) -> tuple[Example, ...]:
+def _examples(file: Path, modified_ns: int, model_path: str, train: TrainConfig, log: str) -> tuple[Example, ...]:
     """Tokenised records; `modified_ns` makes a changed file a different key."""
-    tokenizer = load_tokenizer(model_path)
-    return tuple(tokenise(record, tokenizer, max_tokens) for record in read_jsonl(file))
+    found = examples_of(read_jsonl(file), load_tokenizer(model_path), train, file)
+    for note in found.counts.notes():
+        logging.getLogger(log).warning("%s: %s", file.name, note)
+    return found.examples
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Institution:
     name: str
     data: Path
     home: Path
-    model: str
+    model: ModelConfig
     spoil: Callable[[Trained, Plan], Trained] | None = None
 
     @property
@@ -95,7 +101,8 @@ class Institution:
         try:
             if isinstance(request, Hello):
                 return self._introduce(request)
-            return self._contribute(request)
+            with _MODEL_IN_USE:
+                return self._contribute(request)
         except Refusal as refusal:
             self.log.warning("%s refused: %s", self.name, refusal)
             return Refused(refusal.reason, self.name)
@@ -113,12 +120,12 @@ class Institution:
         if hello.protocol != PROTOCOL:
             raise Refusal(PROTOCOL_DIFFERS, f"the coordinator speaks protocol {hello.protocol}, this is {PROTOCOL}")
         return self._other_base(hello.fingerprint) or Introduction(
-            self.name, PROTOCOL, version("silotune"), fingerprint(self.model)
+            self.name, PROTOCOL, version("silotune"), fingerprint(self.model.path)
         )
 
     def _other_base(self, expected: Fingerprint) -> Refused | None:
         """The refusal that names what differs, when the coordinator means another base model than this one."""
-        parts = fingerprint(self.model).differences(expected)
+        parts = fingerprint(self.model.path).differences(expected)
         if not parts:
             return None
         self.log.warning("%s refused: the base model differs in %s", self.name, ", ".join(parts))
@@ -145,11 +152,11 @@ class Institution:
             check_same_form(start, model.read())
         except ModelError as error:
             raise Refusal(ADAPTER_DOES_NOT_FIT, str(error)) from error
-        examples = self._load("train", settings.train.max_tokens)
+        examples = self._load("train", settings.train)
         scores = Scores()
         if settings.evaluate:
             model.write(start)
-            scores = evaluate(model, self._load("validation", settings.train.max_tokens))
+            scores = evaluate(model, self._load("validation", settings.train))
         assignment = Assignment(plan.round, settings.rounds, method.trained(start), settings.seed, self.name)
         trained = train(model, examples, start, store.before(plan.round), settings.train, assignment)
         if self.spoil is not None:
@@ -172,11 +179,15 @@ class Institution:
             raise Refusal(MALFORMED, f"run name {run!r:.200}")
         return self.home / run
 
-    def _load(self, split: str, max_tokens: int) -> tuple[Example, ...]:
+    def _load(self, split: str, train: TrainConfig) -> tuple[Example, ...]:
         file = self.data / f"{split}.jsonl"
         if not file.is_file():
             raise DataError(f"{file}: expected a jsonl file, found none")
-        return _examples(file, file.stat().st_mtime_ns, self.model, max_tokens)
+        # The other settings do not change an example, and would only keep more than one copy of each.
+        text = TrainConfig(
+            max_tokens=train.max_tokens, long=train.long, overlap=train.overlap, supervised=train.supervised
+        )
+        return _examples(file, file.stat().st_mtime_ns, self.model.path, text, self.log.name)
 
     def _vector(
         self, plan: Plan, start: Adapter, trained: Trained, scores: Scores, records: int

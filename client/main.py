@@ -53,7 +53,7 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
         "records": len(records),
         "people": len({record.person for record in records}),
         "kinds": dict(sorted(Counter(record.kind for record in records).items())),
-        "characters": sum(len(record.prompt) + len(record.completion) for record in records),
+        "characters": sum(len(text) for record in records for text in record.texts),
     }
 
 

@@ -16,7 +16,7 @@ from common.config import TrainConfig
 from common.errors import DataError
 from common.models import LoraModel
 from common.randomness import derive_seed, seeded
-from common.text import Example, pack
+from common.text import Example, packs
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +80,10 @@ def train(
 ) -> Trained:
     """Trains the adapter `start` on one round's share of the records with AdamW.
 
-    The loss of a step is the mean over the supervised tokens of its batch. With `proximal` mu > 0, mu times the
-    distance to `start` is added to the gradient (FedProx, Li et al. 2020). Deterministic on CPU for a given number
-    of threads. A diverged loss is returned as it is (not finite); the caller decides what an unusable update means.
+    The loss of a step is the mean over the supervised tokens of its batch, however many rows the batch takes. With
+    `proximal` mu > 0, mu times the distance to `start` is added to the gradient (FedProx, Li et al. 2020).
+    Deterministic on CPU for a given number of threads. A diverged loss is returned as it is (not finite); the caller
+    decides what an unusable update means.
 
     Raises DataError without records.
     """
@@ -93,36 +94,38 @@ def train(
         raise DataError("expected at least one training record, found none")
     model.write(start)
     parameters = _trainable(model, assignment.trained)
-    device = next(iter(parameters.values())).device
     optimizer = _optimizer(parameters, state if config.optimizer_state == "keep" else LocalState(), config)
     anchors = {key: parameter.detach().clone() for key, parameter in parameters.items()} if config.proximal else {}
     # Counted from the run's beginning, so that fractions of a record never add up; a round has at least one record.
     target = max(round(len(examples) * config.passes_per_round * (state.rounds + 1)), state.position + 1)
     stream = order(len(examples), state.position, target, assignment.seed, assignment.name)
     batches = [stream[i : i + config.batch_size] for i in range(0, len(stream), config.batch_size)]
-    loss_sum, tokens = 0.0, 0
+    loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=model.device), 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(assignment.seed, "dropout", assignment.name, assignment.round) >> 1)
+        model.checkpoint_activations(config.checkpointing)
         model.peft.train()
         for step, batch in enumerate(batches):
             progress = (assignment.round - 1 + (step + 1) / len(batches)) / assignment.rounds
             optimizer.param_groups[0]["lr"] = learning_rate(config, progress)
-            row = pack([examples[i] for i in batch])
-            losses = cross_entropy(model.logits(row).float(), row.targets.to(device), reduction="none")  # [t]
-            (losses.sum() / len(row.targets)).backward()
+            rows = list(packs([examples[i] for i in batch], config.row_tokens))
+            supervised = sum(len(row.targets) for row in rows)
+            for row in rows:
+                losses = cross_entropy(model.logits(row).float(), row.targets.to(model.device), reduction="none")  # [t]
+                (losses.sum() / supervised).backward()
+                loss_sum += losses.detach().double().sum()
+            tokens += supervised
             for key, anchor in anchors.items():
                 _add_to_gradient(parameters[key], config.proximal * (parameters[key].detach() - anchor))
             torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss_sum += float(losses.detach().double().sum())
-            tokens += len(row.targets)
         model.peft.eval()
     moments = _moments(optimizer, parameters) if config.optimizer_state == "keep" else ({}, {})
     return Trained(
         adapter=model.read(),
         state=LocalState(state.rounds + 1, target, state.steps + len(batches), *moments),
-        loss=loss_sum,
+        loss=float(loss_sum),
         tokens=tokens,
         steps=len(batches),
     )

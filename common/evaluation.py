@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common.chat import special_ids
 from common.text import Example, packs
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ class Scores:
 def evaluate(model: LoraModel, examples: Sequence[Example], exact: Sequence[str] = ()) -> Scores:
     """Scores the model as it stands on examples; those whose kind is in `exact` must also be answered.
 
+    A record in pieces counts with every supervised token, and is asked once.
+
     Dropout is off, nothing is trained and no random state is touched.
     """
     loss, tokens = _loss(model, examples)
-    asked = [example for example in examples if example.kind in exact]
+    asked = [example.asked or example for example in examples if example.kind in exact and example.answer is not None]
     return Scores(loss, tokens, _correct(model, asked), len(asked))
 
 
@@ -81,18 +84,21 @@ def _correct(model: LoraModel, examples: Sequence[Example]) -> int:
     correct = 0
     for start in range(0, len(ordered), ANSWERS_AT_ONCE):
         batch = ordered[start : start + ANSWERS_AT_ONCE]
-        answers = greedy(model, [example.ids[: example.prompt_tokens] for example in batch], _room(batch))
-        correct += sum(same_answer(found, example.answer) for found, example in zip(answers, batch, strict=True))
+        prompts = [example.ids[: example.prompt_tokens] for example in batch]
+        answers = greedy(model, prompts, _room(batch), {example.ids[-1] for example in batch})
+        correct += sum(same_answer(found, example.answer or "") for found, example in zip(answers, batch, strict=True))
     return correct
 
 
 def _room(batch: Sequence[Example]) -> int:
     """Tokens an answer may take: the longest expected one, and some for an answer spelled in other tokens."""
-    return max(example.supervised for example in batch) + 4
+    return max(example.answer_tokens for example in batch) + 4
 
 
-def greedy(model: LoraModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of tokenised prompts, as text, up to the end-of-text token."""
+def greedy(
+    model: LoraModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int] = ()
+) -> list[str]:
+    """Greedy continuations of tokenised prompts, as text, up to the end-of-text token or a special one of `ends`."""
     import torch
     from transformers import GenerationConfig
 
@@ -101,14 +107,14 @@ def greedy(model: LoraModel, prompts: Sequence[Sequence[int]], max_new_tokens: i
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])  # [b, s]
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [b, s]
-    device = next(iter(model.parameters.values())).device
+    end = sorted({int(tokenizer.eos_token_id), *(special_ids(tokenizer) & set(ends))})
     model.peft.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), model.arithmetic():
         output = model.peft.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+                max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end
             ),
         )
     return list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +14,7 @@ import numpy as np
 
 from common.adapter import Adapter, check_same_form
 from common.base_model import model_directory
-from common.config import LoraConfig
+from common.config import LoraConfig, ModelConfig
 from common.errors import ModelError
 from common.files import write_directory
 from common.text import Example, Pack, pack
@@ -25,19 +27,26 @@ if TYPE_CHECKING:
 class LoraModel:
     """A frozen base model with one LoRA adapter on it, and its tokenizer.
 
-    The adapter's factors are written and read as plain arrays; nothing else of the model ever changes.
+    The adapter's factors are float32, and written and read as plain arrays; nothing else of the model ever changes.
+
+    packed: whether the base attends document by document in packed rows. An architecture that cannot is given padded
+    rows, with the same result and more work.
     """
 
-    def __init__(self, peft_model: Any, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig, path: str) -> None:
+    def __init__(
+        self, peft_model: Any, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig, path: str, packed: bool
+    ) -> None:
         self.peft = peft_model
         self.tokenizer = tokenizer
         self.lora = lora
         self.path = path
+        self.packed = packed
         self._parameters: dict[str, torch.nn.Parameter] = {
             name.replace(".default.", "."): parameter
             for name, parameter in peft_model.named_parameters()
             if ".lora_" in name
         }
+        self.device: torch.device = next(iter(self._parameters.values())).device
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -47,7 +56,15 @@ class LoraModel:
     @property
     def base_parameters(self) -> int:
         """How many numbers the base model has."""
-        return sum(int(p.numel()) for p in self.peft.parameters()) - self.read().parameters
+        base = self.peft.get_base_model()
+        count: int = base.num_parameters() - self.read().parameters
+        return count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model and its arithmetic."""
+        found: torch.dtype = self.peft.get_base_model().dtype
+        return found
 
     def read(self) -> Adapter:
         """A copy of the adapter."""
@@ -62,21 +79,56 @@ class LoraModel:
             for name, parameter in self._parameters.items():
                 parameter.copy_(torch.from_numpy(np.array(adapter.factors[name])))
 
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Whether training keeps activations, or computes them again in the backward pass.
+
+        Raises ModelError when the architecture cannot do the second.
+        """
+        base = self.peft.get_base_model()
+        if not wanted:
+            base.gradient_checkpointing_disable()
+            return
+        try:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ModelError(f"train.checkpointing: found true, which {type(base).__name__} does not know") from error
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """What every forward pass runs in: bfloat16 products where the base is in bfloat16."""
+        import torch
+
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
     def logits(self, pack: Pack) -> torch.Tensor:
         """Logits [t, vocabulary] at the places of `pack` whose next token is supervised."""
-        device = next(iter(self._parameters.values())).device
+        with self.arithmetic():
+            return self._packed_logits(pack) if self.packed else self._padded_logits(pack)
+
+    def _packed_logits(self, pack: Pack) -> torch.Tensor:
         output = self.peft(
-            input_ids=pack.ids.to(device),
-            position_ids=pack.positions.to(device),
+            input_ids=pack.ids.to(self.device),
+            position_ids=pack.positions.to(self.device),
             document_lengths=pack.lengths,
-            logits_to_keep=pack.predict.to(device),
+            logits_to_keep=pack.predict.to(self.device),
             use_cache=False,
         )
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    def _padded_logits(self, pack: Pack) -> torch.Tensor:
+        import torch
 
-def _quiet_transformers() -> None:
+        rows = pack.ids[0].split(list(pack.lengths))
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [b, s]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        output = self.peft(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+        logits: torch.Tensor = output.logits[mask.bool().to(self.device)]  # [all tokens, vocabulary]
+        return logits[pack.predict.to(self.device)]
+
+
+def quiet_transformers() -> None:
     """Keeps transformers' progress bars and advice out of our own output."""
     from transformers.utils import logging
 
@@ -99,50 +151,85 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load(path: str, lora: LoraConfig, seed: int) -> LoraModel:
-    """Loads the base model of `path`, freezes it and puts a fresh adapter on it (A random from `seed`, B zero).
+def load(model: ModelConfig, lora: LoraConfig, seed: int) -> LoraModel:
+    """Loads the base model, freezes it and puts a fresh adapter on it (A random from `seed`, B zero).
 
-    Raises ModelError when the directory holds no complete causal language model with a tokenizer that fits, or lacks a
-    target module.
+    Raises ModelError when the directory holds no complete causal language model with a tokenizer that fits, lacks a
+    target module, or when this machine cannot hold the model as `model` wants it.
     """
     import torch
-    from peft import get_peft_model
 
-    directory = model_directory(path)
-    base = _load_base(directory)
-    tokenizer = load_tokenizer(path)
-    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-        raise ModelError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, more than the "
-            f"{base.get_input_embeddings().num_embeddings} that the model knows"
-        )
-    _check_targets(base, lora.target_modules, directory)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            with warnings.catch_warnings():
-                # PEFT reads a flag that transformers has renamed, and says so at every load.
-                warnings.simplefilter("ignore", FutureWarning)
-                peft_model = get_peft_model(base, peft_config(lora, str(directory)))
-        except ValueError as error:
-            raise ModelError(f"lora.target_modules: {error}") from error
-    model = LoraModel(peft_model.eval(), tokenizer, lora, path)
-    if not _keeps_documents_apart(model):
-        raise ModelError(
-            f"{directory} holds a {type(base).__name__}, which is not causal, does not keep packed documents apart or "
-            "computes numbers that are not finite; expected a Llama or a model that attends as it does"
-        )
-    return model
+    directory = model_directory(model.path)
+    device = _device(model)
+    for packed in (True, False):
+        base = _load_base(directory, model, device, packed)
+        if base is None:
+            continue
+        tokenizer = load_tokenizer(model.path)
+        if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+            raise ModelError(
+                f"the tokenizer in {directory} has {len(tokenizer)} tokens, more than the "
+                f"{base.get_input_embeddings().num_embeddings} that the model knows"
+            )
+        _check_targets(base, lora.target_modules, directory)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = LoraModel(_with_adapter(base, lora, directory), tokenizer, lora, model.path, packed)
+        if _keeps_documents_apart(adapted):
+            return adapted
+    raise ModelError(
+        f"{directory} holds a {type(base).__name__}, which is not causal or computes numbers that are not finite; "
+        "expected a Llama or another causal language model"
+    )
 
 
-def _load_base(directory: Path) -> Any:
-    """The base model in float32 with our attention. Raises ModelError when it is broken or incomplete."""
+def _device(model: ModelConfig) -> torch.device:
+    """Where the model goes. Raises ModelError when the machine lacks what `model` asks for."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    there = torch.cuda.is_available()
+    if model.device == "cuda" and not there:
+        raise ModelError("model.device: expected a CUDA device, found none; set it to cpu or auto")
+    device = torch.device("cuda" if there and model.device != "cpu" else "cpu")
+    if model.weights != "full":
+        if device.type != "cuda":
+            raise ModelError(
+                f"model.weights: found {model.weights}, which needs a CUDA device, and the model is on {device.type}; "
+                "set it to full"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError(
+                f"model.weights: found {model.weights}, which needs bitsandbytes: pip install bitsandbytes, or full"
+            )
+    return device
+
+
+def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    import torch
+
+    if model.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+
+
+def _load_base(directory: Path, model: ModelConfig, device: torch.device, packed: bool) -> Any:
+    """The base model with our attention where `packed`, else with plain attention; None where it does not take ours.
+
+    Raises ModelError when it is broken or incomplete.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     from common import attention
 
-    _quiet_transformers()
+    quiet_transformers()
+    quantised = None
+    if model.weights != "full":
+        quantised = BitsAndBytesConfig(
+            load_in_8bit=model.weights == "8bit",
+            load_in_4bit=model.weights == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=_dtype(model, device),
+        )
     base: Any
     loading: dict[str, Any]
     try:
@@ -150,18 +237,35 @@ def _load_base(directory: Path) -> Any:
             directory,
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation=attention.NAME,
-            dtype=torch.float32,
+            attn_implementation=attention.NAME if packed else "eager",
+            dtype=_dtype(model, device),
             output_loading_info=True,
+            **({} if quantised is None else {"quantization_config": quantised, "device_map": {"": 0}}),
         )
     except Exception as error:  # what is raised depends on which file is broken, and how
+        if packed and attention.NAME in str(error):
+            return None
         raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
     if missing := sorted(loading["missing_keys"]):
         # transformers would fill them with random numbers, which no two institutions share.
         raise ModelError(f"the weights in {directory} lack {len(missing)} tensors of the model (first: {missing[0]})")
     # What its makers recommend for sampling would otherwise bend greedy answers too.
     base.generation_config = GenerationConfig()
-    return base
+    return base if quantised else base.to(device)
+
+
+def _with_adapter(base: Any, lora: LoraConfig, directory: Path) -> Any:
+    """PEFT's model with a fresh adapter, from torch's random state."""
+    from peft import get_peft_model
+
+    try:
+        with warnings.catch_warnings():
+            # PEFT reads a flag that transformers has renamed, and names layers of experts, which it passes over.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return get_peft_model(base, peft_config(lora, str(directory))).eval()
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules: {error}") from error
 
 
 def _check_targets(base: torch.nn.Module, targets: Sequence[str], directory: Path) -> None:
@@ -179,22 +283,42 @@ def _check_targets(base: torch.nn.Module, targets: Sequence[str], directory: Pat
 
 
 def _keeps_documents_apart(model: LoraModel) -> bool:
-    """Whether two packed documents get the logits that each gets by itself, with a token more to look ahead to.
+    """Whether each of two documents gets the logits that it gets by itself, whatever stands beside or after it.
 
-    Some architectures take our attention and the lengths of documents without a word, and heed neither.
+    Some architectures take our attention and the lengths of documents without a word, and heed neither; so what a
+    document gets by itself is computed with the architecture's plain attention.
     """
     import torch
 
-    documents = [(0, 1, 2, 3), (2, 1, 0)]
+    documents = [(0, 1, 2, 3, 1, 0), (2, 1, 0, 3)]
+    others = [(1, 0, 3, 3, 2, 1), (2, 1, 0, 1)]
+    second = slice(len(documents[0]) - 1, None)
+    base = model.peft.get_base_model()
+    ours = base.config._attn_implementation
+
+    def together(ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        return model.logits(pack([Example(one, 1, "", "") for one in ids])).float()
+
+    def differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+        return one.shape != other.shape or not bool((one - other).abs().max() <= tolerance * other.abs().max())
+
     with torch.inference_mode():
         try:
-            packed = model.logits(pack([Example(ids, 1, "", "") for ids in documents]))
-            alone = [model.peft(input_ids=torch.tensor([[*ids, 3]])).logits[0, : len(ids) - 1] for ids in documents]
-        except (TypeError, IndexError, RuntimeError):
+            found = together(documents)
+            # Another first document, another last token. To the bit for most architectures; experts are grouped by
+            # what stands in the row, and sum in another order then.
+            if differ(together(others)[second], found[second], 1e-5):
+                return False
+            base.set_attn_implementation("eager")
+            with model.arithmetic():
+                alone = [
+                    model.peft(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1] for ids in documents
+                ]
+        except (TypeError, IndexError, RuntimeError, ValueError):
             return False
-    expected = torch.cat(alone)
-    # Another order of the same sums in float32; what another document adds is larger by orders of magnitude.
-    return packed.shape == expected.shape and bool((packed - expected).abs().max() < 1e-3 * expected.abs().max())
+        finally:
+            base.set_attn_implementation(ours)
+    return not differ(found, torch.cat(alone).float(), 1e-3 if model.dtype == torch.float32 else 3e-2)
 
 
 def peft_config(lora: LoraConfig, path: str) -> Any:

@@ -1,9 +1,4 @@
-"""From records to token sequences, and from sequences to packed rows.
-
-A record becomes [bos] prompt newline | completion [eos]; what stands after the bar is supervised. Prompt and
-completion are tokenised by themselves, so that the model meets at test time exactly the prompt tokens it was trained
-on.
-"""
+"""Token sequences, and the packed rows in which they go through a model."""
 
 from __future__ import annotations
 
@@ -11,25 +6,44 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.records import Record
-
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""Places of a sequence, from the first up to but not including the second."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised record. ids: all tokens. prompt_tokens: how many of them, from the start, are not supervised."""
+    """A tokenised record, or a piece of one. What is supervised is predicted from what stands before it.
+
+    ids: all tokens. prompt_tokens: how many of them, from the start, stand before the last supervised span, which goes
+    on to the end. earlier: supervised spans before that, in order: former answers of a chat, or the prompt.
+    kind, answer: of the record; the answer is the text of the last span, by which exact answers are scored, and None
+    where there is nothing to ask.
+    asked: the truncated record, where exact answers are asked by that and not by this piece.
+    """
 
     ids: tuple[int, ...]
     prompt_tokens: int
     kind: str
-    answer: str
+    answer: str | None
+    earlier: tuple[Span, ...] = ()
+    asked: Example | None = None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All supervised spans, in order; none begins at the first token, which nothing predicts."""
+        return (*self.earlier, (self.prompt_tokens, len(self.ids)))
 
     @property
     def supervised(self) -> int:
-        """Supervised tokens, the end-of-text token included."""
+        """Supervised tokens, those that end an answer included."""
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the last supervised span."""
         return len(self.ids) - self.prompt_tokens
 
 
@@ -48,27 +62,6 @@ class Pack:
     targets: torch.Tensor
 
 
-def tokenise(record: Record, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example:
-    """Tokenises a record; one over `max_tokens` loses the beginning of its prompt, then the end of its answer."""
-    prompt: list[int] = []
-    if record.prompt:
-        prompt = _tokens(record.prompt + "\n", tokenizer)
-    completion = _tokens(record.completion, tokenizer)
-    completion = [*completion, int(tokenizer.eos_token_id)]
-    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    room = max_tokens - len(start) - len(completion)
-    prompt = prompt[-room:] if room > 0 else []
-    ids = (*start, *prompt, *completion)[:max_tokens]
-    # Without a begin token the first token of a plain text has nothing before it to be predicted from.
-    return Example(ids, max(len(start) + len(prompt), 1), record.kind, record.completion)
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The text's own tokens. "</s>" in a record is four characters like others and ends nothing."""
-    tokens: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return tokens
-
-
 def pack(examples: Sequence[Example]) -> Pack:
     """Packs examples, in order, into one row."""
     import torch
@@ -77,7 +70,8 @@ def pack(examples: Sequence[Example]) -> Pack:
     positions: list[int] = []
     predict: list[int] = []
     for example in examples:
-        predict.extend(range(len(ids) + example.prompt_tokens - 1, len(ids) + len(example.ids) - 1))
+        for start, stop in example.spans:
+            predict.extend(range(len(ids) + start - 1, len(ids) + stop - 1))
         positions.extend(range(len(example.ids)))
         ids.extend(example.ids)
     row = torch.tensor(ids, dtype=torch.int64)

@@ -11,12 +11,17 @@ from flwr.serverapp import Grid, ServerApp
 from server.flower import FlowerMembers
 
 
-def build_server_app(coordinate: Callable[[FlowerMembers], None], stop: threading.Event) -> ServerApp:
-    """A ServerApp that hands the members behind its grid to `coordinate`. Setting `stop` ends it between messages."""
+def build_server_app(
+    coordinate: Callable[[FlowerMembers], None], stop: threading.Event, wave: int | None = None
+) -> ServerApp:
+    """A ServerApp that hands the members behind its grid to `coordinate`. Setting `stop` ends it between messages.
+
+    wave: most messages under way at once; None for no limit.
+    """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        coordinate(FlowerMembers(grid, stop))
+        coordinate(FlowerMembers(grid, stop, wave))
 
     return app

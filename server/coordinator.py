@@ -1,7 +1,7 @@
 """A run as the coordinator sees it: who takes part, the rounds, and what is kept on disk.
 
-The run directory holds config.yaml, metrics.jsonl (one object a round), refused.json, checkpoints/ and, at the end,
-adapter/.
+The run directory holds config.yaml, metrics.jsonl (one object a round), refused.json, checkpoints/, tensorboard/ and,
+at the end, adapter/.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Protocol
 from common import config_files
 from common.adapter import Adapter
 from common.base_model import fingerprint
-from common.config import Config
+from common.config import Config, TrainConfig
 from common.errors import RunStopped
 from common.evaluation import Scores, evaluate
+from common.examples import examples_of
 from common.files import append_line, write_json, write_text
 from common.messages import NOT_INVITED, PROTOCOL, Hello, Introduction, Refused
 from common.models import LoraModel, load, save_adapter
 from common.records import read_jsonl
-from common.text import Example, tokenise
-from server import checkpoints
+from common.text import Example
+from server import checkpoints, tracking
 from server.rounds import Members, Progress, begin, finished, record_as_json, run_rounds
 
 log = logging.getLogger("silotune.server")
@@ -60,18 +61,18 @@ class Bench:
 
     model: LoraModel
     exact: tuple[str, ...]
-    max_tokens: int
+    train: TrainConfig
     start: Adapter
 
     @classmethod
     def of(cls, config: Config) -> Bench:
         """Raises ModelError when the base model cannot be loaded."""
-        model = load(config.model.path, config.lora, config.seed)
-        return cls(model, tuple(config.evaluation.exact), config.train.max_tokens, model.read())
+        model = load(config.model, config.lora, config.seed)
+        return cls(model, tuple(config.evaluation.exact), config.train, model.read())
 
     def read(self, file: Path) -> tuple[Example, ...]:
         """Tokenised records of a jsonl file. Raises DataError when it cannot be read."""
-        return tuple(tokenise(record, self.model.tokenizer, self.max_tokens) for record in read_jsonl(file))
+        return examples_of(read_jsonl(file), self.model.tokenizer, self.train, file).examples
 
     def scores(self, adapter: Adapter, examples: tuple[Example, ...]) -> Scores:
         """Perplexity and exact answers of the base model with `adapter`."""
@@ -95,9 +96,10 @@ def coordinate(
     """Runs a federation, or goes on with the one in `directory`, and publishes the best round's adapter there.
 
     Raises RunStopped when too few institutions take part or contribute; what was reached until then is published all
-    the same. Raises ConfigError when `directory` holds a run with another configuration. A kill at any moment costs at
-    most the round under way.
+    the same. Raises ConfigError when `directory` holds a run with another configuration, or curves cannot be sent where
+    `config.tracking` says. A kill at any moment costs at most the round under way.
     """
+    tracking.require(config.tracking)
     bench = bench or Bench.of(config)
     examples = bench.read(validation)
     digest = config_files.digest(config)
@@ -108,32 +110,36 @@ def coordinate(
         progress = begin(bench.start, bench.scores(bench.start, examples))
     _rewrite_metrics(directory / "metrics.jsonl", progress)
 
-    def keep(after: Progress) -> None:
-        nonlocal progress
-        progress = after
-        checkpoints.save(directory / "checkpoints", after, digest)
-        append_line(directory / "metrics.jsonl", json.dumps(record_as_json(after.history[-1])))
-        observer.on_round(after)
-
     refused = _read_refused(directory / "refused.json")
-    try:
-        if not finished(config, progress):
-            roster, refused = _meet(config, members, observer)
-            write_json(directory / "refused.json", refused)
-            progress = run_rounds(
-                config=config,
-                run=run_name(config),
-                roster=roster,
-                fingerprint=fingerprint(config.model.path),
-                members=members,
-                evaluate=lambda adapter: bench.scores(adapter, examples),
-                progress=progress,
-                on_round=keep,
-                on_reply=observer.on_reply,
-            )
-    finally:
-        if progress.round:
-            save_adapter(progress.best, config.lora, config.model.path, directory / "adapter")
+    with tracking.tracker(config, run_name(config), directory) as curves:
+        curves.follow(progress.history)
+
+        def keep(after: Progress) -> None:
+            nonlocal progress
+            progress = after
+            checkpoints.save(directory / "checkpoints", after, digest)
+            append_line(directory / "metrics.jsonl", json.dumps(record_as_json(after.history[-1])))
+            curves.follow(after.history)
+            observer.on_round(after)
+
+        try:
+            if not finished(config, progress):
+                roster, refused = _meet(config, members, observer)
+                write_json(directory / "refused.json", refused)
+                progress = run_rounds(
+                    config=config,
+                    run=run_name(config),
+                    roster=roster,
+                    fingerprint=fingerprint(config.model.path),
+                    members=members,
+                    evaluate=lambda adapter: bench.scores(adapter, examples),
+                    progress=progress,
+                    on_round=keep,
+                    on_reply=observer.on_reply,
+                )
+        finally:
+            if progress.round:
+                save_adapter(progress.best, config.lora, config.model.path, directory / "adapter")
     return Outcome(progress, refused)
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunStopped
@@ -17,7 +17,9 @@ from common.wire import from_wire, to_wire
 
 log = logging.getLogger("silotune.server")
 
-_POLL_S = 0.02
+# Between two looks for replies: a twentieth of the time since the last one, within these limits, so that neither quick
+# rounds wait nor long ones ask a server fifty times a second.
+_POLL_S, _SLOWEST_POLL_S = 0.02, 1.0
 _NO_ANSWER = frozenset({3, 4, 5})  # Flower's codes for a message, a reply or a node that is not there (any more)
 
 
@@ -25,12 +27,14 @@ class FlowerMembers:
     """The institutions behind a Flower grid.
 
     Nodes have numbers, institutions have names: `meet` asks every node once and remembers which is which.
+    wave: most messages under way at once, for nodes that share a machine; None where each has its own, since who is
+    asked later than the others keeps them waiting.
     """
 
-    def __init__(self, grid: Grid, stop: threading.Event, wave: int = 64) -> None:
+    def __init__(self, grid: Grid, stop: threading.Event, wave: int | None = None) -> None:
+        self.wave = wave
         self._grid = grid
         self._stop = stop
-        self._wave = wave
         self._nodes: dict[str, int] = {}
 
     def meet(self, hello: Hello, expected: int, timeout_s: float) -> dict[str, Introduction | Refused]:
@@ -59,18 +63,21 @@ class FlowerMembers:
         ):
             yield names[node], reply
 
-    def _pause(self) -> None:
-        if self._stop.wait(_POLL_S):
+    def _pause(self, quiet_s: float = 0.0) -> None:
+        if self._stop.wait(min(max(quiet_s / 20, _POLL_S), _SLOWEST_POLL_S)):
             raise RunStopped("interrupted")
 
     def _exchange(self, requests: Iterable[tuple[int, Request]], timeout_s: float) -> Iterator[tuple[int, Reply]]:
-        """At most one wave of messages is under way, so that memory does not grow with the number of nodes."""
+        """At most one wave of messages is under way; those with the same request share its records."""
         waiting: dict[str, int] = {}
         ahead = iter(requests)
         end = time.monotonic() + timeout_s
+        heard = time.monotonic()
         exhausted = False
+        sent: Request | None = None
+        records = RecordDict()
         while True:
-            while not exhausted and len(waiting) < self._wave:
+            while not exhausted and (self.wave is None or len(waiting) < self.wave):
                 node, request = next(ahead, (0, None))
                 if request is None:
                     exhausted = True
@@ -78,7 +85,9 @@ class FlowerMembers:
                 kind = HELLO if isinstance(request, Hello) else ROUND
                 # Nobody shall train for a round that no longer waits.
                 ttl = max(end - time.monotonic(), _POLL_S)
-                message = Message(to_records(to_wire(request)), dst_node_id=node, message_type=kind, ttl=ttl)
+                if request is not sent:
+                    sent, records = request, to_records(to_wire(request))
+                message = Message(records, dst_node_id=node, message_type=kind, ttl=ttl)
                 pushed = list(self._grid.push_messages([message]))
                 if pushed:
                     waiting[pushed[0]] = node
@@ -87,6 +96,7 @@ class FlowerMembers:
             if not waiting:
                 return
             for message in self._grid.pull_messages(list(waiting)):
+                heard = time.monotonic()
                 yield waiting.pop(message.metadata.reply_to_message_id), _reply(message)
             if time.monotonic() > end:
                 for node in waiting.values():
@@ -94,7 +104,7 @@ class FlowerMembers:
                 for node, _ in ahead:
                     yield node, Refused(TIMED_OUT)
                 return
-            self._pause()
+            self._pause(time.monotonic() - heard)
 
 
 def _reply(message: Message) -> Reply:

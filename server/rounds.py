@@ -193,7 +193,7 @@ def _collect(
     """Adds each vector to the sum as it arrives and forgets it; names who refused, with the reason code."""
     total, refused = RunningSum(plan.layout), {}
     digest = plan.digest()
-    for name, reply in members.ask({name: TrainRequest(plan, adapter) for name in plan.cohort}, timeout_s):
+    for name, reply in members.ask(dict.fromkeys(plan.cohort, TrainRequest(plan, adapter)), timeout_s):
         clock.lap("train")
         if isinstance(reply, Contribution) and reply.plan_digest == digest:
             try:

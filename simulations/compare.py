@@ -57,6 +57,8 @@ def arm_config(config: Config, arm: str) -> Config:
             server_optimizer=replace(config.federation.server_optimizer, name="fedavg", learning_rate=1.0),
         ),
         evaluation=replace(config.evaluation, exact=[], institutions=False),
+        # What one institution reaches alone is for this machine only.
+        tracking=replace(config.tracking, mlflow="", wandb=""),
         simulation=replace(config.simulation, faults=[]),
     )
 

@@ -8,23 +8,38 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from client.app import build_client_app
+from client.institution import Institution
 from common.config import Config
 from server.app import build_server_app
 from server.flower import FlowerMembers
 from simulations.institutions import VirtualInstitutions
 from simulations.layout import RunDirectory
 
+if TYPE_CHECKING:
+    from flwr.app import Context
+
+# Messages under way for each actor. Flower looks for new ones ten times a second, so some must lie ready; and it goes
+# through all that are under way once for each node, so more would be slower (simulations/benchmarks/README.md).
+_WAVE = 4
+
 # Warnings of Ray and tokenizers that say nothing of use here; actors inherit these.
 _SILENCE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def simulate(config: Config, directory: RunDirectory, coordinate: Callable[[FlowerMembers], None]) -> None:
+def simulate(
+    config: Config,
+    directory: RunDirectory,
+    coordinate: Callable[[FlowerMembers], None],
+    institution_of: Callable[[Context], Institution] | None = None,
+) -> None:
     """Plays every institution of `config` as a virtual Flower client and hands them to `coordinate`.
 
     `simulation.actors` processes share the work; each loads the base model once. What `coordinate` raises is raised
-    here. The first Ctrl-C ends the run cleanly (KeyboardInterrupt), a second one at once.
+    here. The first Ctrl-C ends the run cleanly (KeyboardInterrupt), a second one at once. institution_of: who a virtual
+    client is, if not simply the institution itself.
     """
     os.environ.update(_SILENCE)
     from flwr.simulation import run_simulation
@@ -43,8 +58,8 @@ def simulate(config: Config, directory: RunDirectory, coordinate: Callable[[Flow
     threads = config.simulation.threads
     with _first_interrupt_sets(stop):
         run_simulation(
-            server_app=build_server_app(guarded, stop),
-            client_app=build_client_app(VirtualInstitutions(config, directory.root)),
+            server_app=build_server_app(guarded, stop, wave=_WAVE * config.simulation.actors),
+            client_app=build_client_app(institution_of or VirtualInstitutions.of(config, directory.root)),
             num_supernodes=len(config.data.names),
             backend_config={
                 "client_resources": {"num_cpus": threads, "num_gpus": 0.0},

@@ -52,9 +52,17 @@ def virtual(config: Config, directory: RunDirectory, name: str, records: Path) -
         name=name,
         data=records / name,
         home=home,
-        model=config.model.path,
+        model=config.model,
         spoil=_fault(config, name),
     )
+
+
+class _LogFile(logging.FileHandler):
+    """Opens its file for a line and closes it: a process may play more institutions than it may have files open."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        self.close()
 
 
 def _log_to(file: Path, name: str) -> None:
@@ -62,7 +70,7 @@ def _log_to(file: Path, name: str) -> None:
     if not any(getattr(handler, "baseFilename", None) == str(file) for handler in logger.handlers):
         logger.handlers.clear()
         file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file, delay=True)
+        handler = _LogFile(file, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -70,15 +78,25 @@ def _log_to(file: Path, name: str) -> None:
 
 @dataclass(frozen=True)
 class VirtualInstitutions:
-    """Finds the institution that a virtual Flower node plays; travels to the actors by value."""
+    """Finds the institution that a virtual Flower node plays.
+
+    It travels to an actor with every message, so what is long holds for all and is not in its `config`: `names`.
+    """
 
     config: Config
+    names: tuple[str, ...]
     root: Path
+
+    @classmethod
+    def of(cls, config: Config, root: Path) -> VirtualInstitutions:
+        """All institutions of a run in the directory `root`."""
+        short = replace(config, data=replace(config.data, institutions=[], train_records=[]))
+        return cls(short, config.data.names, root)
 
     def __call__(self, context: Context) -> Institution:
         import torch
 
         torch.set_num_threads(self.config.simulation.threads)
-        name = self.config.data.names[int(context.node_config["partition-id"])]
+        name = self.names[int(context.node_config["partition-id"])]
         directory = RunDirectory(self.root)
         return virtual(self.config, directory, name, directory.records(self.config))

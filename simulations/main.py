@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 app = cli.application("Play a whole federation on one machine: does it pay off, for whom, and at which cost?")
 
+bench = typer.Typer(no_args_is_help=True, help="Measure what a round costs on this machine.")
+app.add_typer(bench, name="bench", epilog=cli.EPILOG)
+
 CONFIG_HELP = "A shipped configuration such as hospitals, or a YAML file."
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)]
 Overrides = Annotated[
@@ -62,6 +65,22 @@ def run(
 
 
 @app.command(epilog=cli.EPILOG)
+def check(config: ConfigName, overrides: Overrides = None, as_json: cli.Json = False) -> None:
+    """Read all records as a run would, and tell what to mind. Trains nothing, writes nothing.
+
+    One training record of each institution is shown as the model will see it: keep the output to yourself. With --json
+    no record is shown, and the object holds counts only.
+    """
+    loaded = _load(config, overrides)
+    with cli.progress_console(as_json) as console:
+        from simulations.check import check as look
+
+        found = look(loaded, console, samples=not as_json)
+    if as_json:
+        cli.print_json(found)
+
+
+@app.command(epilog=cli.EPILOG)
 def tune(
     config: ConfigName,
     overrides: Overrides = None,
@@ -89,21 +108,21 @@ def data(
     overrides: Overrides = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Write the generated records of every institution and of the coordinator as jsonl files."""
+    """Write the records of every institution and of the coordinator, generated or split from files, as jsonl files."""
     from common.config import COORDINATOR
     from common.errors import ConfigError
 
     loaded = _load(config, overrides)
     if loaded.data.directory:
         raise ConfigError(
-            f"data.directory: found {loaded.data.directory!r}, so there is nothing to generate;"
+            f"data.directory: found {loaded.data.directory!r}, so there is nothing to generate or to split;"
             " allowed: empty, as in `data.directory=`"
         )
-    from simulations.generate import federation as generator
+    from simulations import prepare
 
     with cli.progress_console(as_json) as console:
-        federation = generator.generate(loaded.data)
-        generator.write(federation, out)
+        federation = prepare.gather(loaded.data)
+        prepare.write(federation, out)
         counts = {name: _counts(splits) for name, splits in federation.institutions.items()}
         coordinator = _counts(federation.coordinator)
         _print_counts({**counts, COORDINATOR: coordinator}, console)
@@ -130,6 +149,47 @@ def pretrain(
         result = _pretrain(directory, seed, steps, threads, console)
     if as_json:
         cli.print_json({"out": str(directory), **result})
+
+
+@bench.command(epilog=cli.EPILOG)
+def scale(
+    clients: Annotated[str, typer.Option(metavar="N,N,...", help="Sizes to measure.")] = "10,100,1000",
+    rounds: Annotated[int, typer.Option(min=2, help="Of each size; the first is not timed.")] = 3,
+    actors: Annotated[int, typer.Option(min=1, help="Processes that play the clients.")] = 2,
+    as_json: cli.Json = False,
+) -> None:
+    """Seconds a round and memory of coordinator and actors, by number of virtual clients.
+
+    Each size is a process of its own on the real engine. About 2 MB of temporary files a client.
+    """
+    with cli.progress_console(as_json) as console:
+        from simulations.benchmarks import scale as benchmark
+
+        found = benchmark.scale(benchmark.sizes(clients), rounds, actors, console)
+    if as_json:
+        cli.print_json(found)
+
+
+@bench.command(epilog=cli.EPILOG)
+def trainer(
+    shape: Annotated[
+        str, typer.Option(metavar="NAME,NAME,...", help="m-qv, s-all, m-qv-32k, m-qv-bf16, tiny; or all.")
+    ] = "m-qv",
+    records: Annotated[int, typer.Option(min=16, help="Of each pass; whole batches of 16.")] = 192,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each arm, after one that warms up.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each arm.")] = 2,
+    as_json: cli.Json = False,
+) -> None:
+    """Local training beside Hugging Face's Trainer and TRL's SFTTrainer: speed, memory and loss curve.
+
+    The arms take turns on the same records, each in a process of its own.
+    """
+    with cli.progress_console(as_json) as console:
+        from simulations.benchmarks import trainer as benchmark
+
+        found = benchmark.bench(benchmark.shapes(shape), records, repeats, threads, console)
+    if as_json:
+        cli.print_json(found)
 
 
 def main() -> None:

@@ -16,17 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common import config_files
 from common.base_model import fingerprint
-from common.config import COORDINATOR, POOLED, Config
-from common.errors import ConfigError, DataError, RunStopped
+from common.config import POOLED, Config
+from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
-from common.records import read_jsonl
 from server import checkpoints, report
 from server.coordinator import Bench, Observer, Outcome, coordinate
 from server.flower import FlowerMembers
 from server.rounds import Progress as RunProgress
 from server.rounds import RoundRecord, record_as_json, stopped_early
-from simulations import compare
+from simulations import compare, prepare
 from simulations.compare import ArmScores
 from simulations.layout import RunDirectory
 
@@ -36,16 +35,19 @@ LIBRARIES = ("silotune", "flwr", "torch", "transformers", "peft")
 def run(config: Config, out: Path, console: Console) -> dict[str, Any]:
     """Runs a federation in the new directory `out` and returns what stands in its summary.json.
 
-    Raises ConfigError when `out` holds a run already, and what `resume` raises.
+    Raises ConfigError when `out` holds a run already, DataError when records cannot be read, and what `resume` raises.
     """
     directory = RunDirectory.at(out)
     if (directory.root / "config.yaml").exists():
         raise ConfigError(
             f"{out} holds a run already; go on with it by `silotune-sim run --resume {out}`, or choose another --out"
         )
+    # All of them, before anything is written or trained.
+    records = prepare.gather(config.data)
     with storage_errors(directory.root):
         directory.root.mkdir(parents=True, exist_ok=True)
-    _write_records(config, directory)
+    if not config.data.directory:
+        prepare.write(records, directory.records(config))
     write_json(directory.root / "started.json", {"started": datetime.now(UTC).isoformat(timespec="seconds")})
     # Last, since it is what makes the directory a run that can be resumed.
     write_text(directory.root / "config.yaml", config_files.to_yaml(config))
@@ -63,25 +65,6 @@ def resume(directory: Path, console: Console) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{directory}: expected the directory of a run, found no config.yaml in it")
     return _go_on(config_files.load(str(file)), found, console)
-
-
-def _write_records(config: Config, directory: RunDirectory) -> None:
-    """Generates the institutions' records, or reads every set of the given directory once, before any training."""
-    if not config.data.directory:
-        from simulations.generate import federation as generator
-
-        generator.write(generator.generate(config.data), directory.records(config))
-        return
-    records = directory.records(config)
-    missing = [name for name in (*config.data.names, COORDINATOR) if not (records / name).is_dir()]
-    if missing:
-        raise DataError(
-            f"data.directory: expected a folder for each institution and the coordinator in {records}, "
-            f"missing: {', '.join(missing)}"
-        )
-    for name in (*config.data.names, COORDINATOR):
-        for split in ("validation", "test") if name == COORDINATOR else ("train", "validation", "test"):
-            read_jsonl(records / name / f"{split}.jsonl")
 
 
 def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from common.errors import RunStopped
 from common.files import write_json, write_text
 from server.coordinator import Observer, coordinate
 from server.rounds import Progress
+from simulations import prepare
 from simulations.compare import run_arm, write_pooled
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
@@ -61,12 +62,10 @@ def tune(config: Config, out: Path, console: Console) -> dict[str, Any]:
     """
     directory = RunDirectory.at(out)
     if not config.data.directory:
-        from simulations.generate import federation as generator
-
         records = directory.records(config)
         if not records.exists():
-            generator.write(generator.generate(config.data), records)
-        config = replace(config, data=replace(config.data, directory=str(records)))
+            prepare.write(prepare.gather(config.data), records)
+        config = prepare.from_now_on(config, records)
     grid = list(product(config.tune.batch_sizes, config.tune.learning_rates))
     trials: list[Trial] = []
     with process_pool(config.simulation.actors) as pool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from common.config import COORDINATOR, DataConfig
-from common.config_rules import impossible
+from common.config_rules import RULES, impossible
 from common.errors import ConfigError
 from common.records import Record, write_jsonl
 from simulations.generate.banks import BANKS
@@ -154,8 +154,11 @@ def write(federation: Federation, out: Path) -> None:
         write_jsonl(out / f"{stem}.jsonl", records)
 
 
+_SAID = [key for field in fields(DataConfig) if (key := f"data.{field.name}") in RULES]
+
+
 def _checked(data: DataConfig) -> Domain:
-    wrong = impossible({f"data.{key}": value for key, value in asdict(data).items()})
+    wrong = impossible({key: getattr(data, key.partition(".")[2]) for key in _SAID})
     if data.generator not in DOMAINS:
         wrong.append(f"data.generator: {data.generator!r} is none of {', '.join(DOMAINS)}")
     if len(data.train_records) != len(data.institutions):

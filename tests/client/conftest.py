@@ -23,12 +23,13 @@ from common.config import (
     TrainConfig,
     named,
 )
+from common.examples import examples_of
 from common.messages import Plan, Settings
 from common.methods import METHODS
 from common.models import LoraModel, load
 from common.randomness import seeded
 from common.records import Record, write_jsonl
-from common.text import Example, tokenise
+from common.text import Example
 
 torch.set_num_threads(1)
 
@@ -89,6 +90,11 @@ def make_records(count: int, name: str, marker: str = "") -> list[Record]:
     return made
 
 
+def tokenised(records: Sequence[Record], model: LoraModel) -> list[Example]:
+    """Each record as one example of at most 48 tokens, as `make_config` has it."""
+    return list(examples_of(records, model.tokenizer, TrainConfig(max_tokens=48)).examples)
+
+
 def make_config(base_model: str, **changes: Any) -> Config:
     """A run of three institutions and three rounds over `base_model`; a keyword replaces a whole section."""
     config = Config(
@@ -127,7 +133,7 @@ def institution(base_model: str, tmp_path: Path) -> Callable[..., Institution]:
         data, home = tmp_path / name / "data", tmp_path / name / "home"
         write_jsonl(data / "train.jsonl", make_records(records, name, marker))
         write_jsonl(data / "validation.jsonl", make_records(3, f"{name}-validation", marker))
-        return replace(Institution(name, data, home, base_model), **changes)
+        return replace(Institution(name, data, home, ModelConfig(base_model)), **changes)
 
     return make
 
@@ -135,22 +141,22 @@ def institution(base_model: str, tmp_path: Path) -> Callable[..., Institution]:
 @pytest.fixture(scope="session")
 def lora_model(base_model: str) -> LoraModel:
     """The base model with an adapter without dropout; tests may overwrite the adapter."""
-    return load(base_model, LoraConfig(rank=4, alpha=8.0, dropout=0.0), SEED)
+    return load(ModelConfig(base_model), LoraConfig(rank=4, alpha=8.0, dropout=0.0), SEED)
 
 
 @pytest.fixture(scope="session")
 def dropout_model(base_model: str) -> LoraModel:
     """The same with dropout 0.3."""
-    return load(base_model, LoraConfig(rank=4, alpha=8.0, dropout=0.3), SEED)
+    return load(ModelConfig(base_model), LoraConfig(rank=4, alpha=8.0, dropout=0.3), SEED)
 
 
 @pytest.fixture(scope="session")
 def start(base_model: str) -> Adapter:
     """A fresh adapter: A random, B zero."""
-    return load(base_model, LoraConfig(rank=4, alpha=8.0, dropout=0.0), SEED).read()
+    return load(ModelConfig(base_model), LoraConfig(rank=4, alpha=8.0, dropout=0.0), SEED).read()
 
 
 @pytest.fixture(scope="session")
 def examples(lora_model: LoraModel) -> list[Example]:
     """Seven tokenised records of different lengths."""
-    return [tokenise(record, lora_model.tokenizer, 48) for record in make_records(7, "examples")]
+    return tokenised(make_records(7, "examples"), lora_model)

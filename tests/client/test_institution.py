@@ -21,7 +21,7 @@ from client.training import Assignment, Trained, train
 from common import fixed_point
 from common.adapter import Adapter, flatten
 from common.base_model import fingerprint
-from common.config import Config, EvaluationConfig, LoraConfig, QuantiseConfig
+from common.config import Config, EvaluationConfig, LoraConfig, ModelConfig, QuantiseConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal, StorageError
 from common.evaluation import evaluate
 from common.fixed_point import NATS
@@ -47,9 +47,8 @@ from common.messages import (
 )
 from common.models import LoraModel
 from common.records import Record, write_jsonl
-from common.text import tokenise
 from common.wire import to_wire
-from tests.client.conftest import NAMES, make_config, make_plan, make_records, write_base_model
+from tests.client.conftest import NAMES, make_config, make_plan, make_records, tokenised, write_base_model
 
 Make = Callable[..., Institution]
 SLOW_FIXTURE = [HealthCheck.function_scoped_fixture]
@@ -98,7 +97,7 @@ def test_another_base_model_is_refused_by_the_name_of_what_differs(
 
 def test_weights_of_another_seed_are_another_base_model(institution: Make, base_model: str, tmp_path: Path) -> None:
     other = str(write_base_model(tmp_path / "other-base", seed=99))
-    answer = institution(model=other).answer(Hello(PROTOCOL, fingerprint(base_model)))
+    answer = institution(model=ModelConfig(other)).answer(Hello(PROTOCOL, fingerprint(base_model)))
     assert answer == Refused(BASE_MODEL_DIFFERS, "alder", ("weights",))
 
 
@@ -204,7 +203,7 @@ def test_records_that_cannot_be_read_are_told_as_a_reason_code(
 def test_a_base_model_that_is_gone_is_a_reason_code(
     institution: Make, config: Config, start: Adapter, tmp_path: Path
 ) -> None:
-    member = institution(model=str(tmp_path / "gone"))
+    member = institution(model=ModelConfig(str(tmp_path / "gone")))
     assert isinstance(member.answer(Hello(PROTOCOL, fingerprint(config.model.path))), Refused)
     answer = member.answer(TrainRequest(make_plan(config, start), start))
     assert isinstance(answer, Refused)
@@ -276,7 +275,7 @@ def expected_round(
     state: LocalState | None = None,
 ) -> tuple[Trained, int]:
     """Training as the institution should do it, and the supervised tokens of its validation records."""
-    examples = [tokenise(record, model.tokenizer, 48) for record in make_records(6, member.name)]
+    examples = tokenised(make_records(6, member.name), model)
     keys = tuple(start.factors)
     task = Assignment(number, config.federation.rounds, keys, config.seed, member.name)
     return train(model, examples, start, state or LocalState(), config.train, task), len(examples)
@@ -292,7 +291,7 @@ def test_the_vector_holds_update_weight_and_sums_and_nothing_else(
     assert answer.plan_digest == plan.digest()
     found = fixed_point.decode(answer.vector, plan.layout)
     trained, records = expected_round(member, lora_model, config, start)
-    validation = [tokenise(record, lora_model.tokenizer, 48) for record in make_records(3, "alder-validation")]
+    validation = tokenised(make_records(3, "alder-validation"), lora_model)
     lora_model.write(start)
     scores = evaluate(lora_model, validation)
     assert dict(found.counters) == {
@@ -526,7 +525,7 @@ def test_no_text_of_a_record_or_a_path_leaves(
     secret: str, damage: str, number: int, base_model: str, config: Config, start: Adapter, tmp_path: Path
 ) -> None:
     place = tmp_path / secret
-    member = Institution("alder", place / "data", place / "home", base_model)
+    member = Institution("alder", place / "data", place / "home", ModelConfig(base_model))
     write_jsonl(member.data / "train.jsonl", make_records(4, "alder", secret))
     write_jsonl(member.data / "validation.jsonl", make_records(2, "alder-validation", secret))
     plan, adapter = make_plan(config, start, number), start
@@ -544,7 +543,7 @@ def test_no_text_of_a_record_or_a_path_leaves(
         plan = replace(plan, run="a-file")
         (member.home / "a-file").write_text(secret)
     elif damage == "the model":
-        member = replace(member, model=str(place / "model"))
+        member = replace(member, model=ModelConfig(str(place / "model")))
     elif damage == "the adapter":
         adapter = moved(start)
     for answer in (

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from common.adapter import Adapter
 from common.base_model import fingerprint
-from common.config import LoraConfig
+from common.config import LoraConfig, ModelConfig
 from common.models import LoraModel, load, load_tokenizer
 from common.text import Example
 
@@ -110,7 +110,7 @@ def models_by_path() -> dict[Path, LoraModel]:
 def model(base_path: Path, models_by_path: dict[Path, LoraModel], random_adapter: Callable[..., Adapter]) -> LoraModel:
     """A LoRA model over each base, loaded once, with an adapter that has an effect."""
     if base_path not in models_by_path:
-        models_by_path[base_path] = load(str(base_path), LORA, seed=1)
+        models_by_path[base_path] = load(ModelConfig(str(base_path)), LORA, seed=1)
     found = models_by_path[base_path]
     found.write(random_adapter(found.read(), seed=2))
     found.peft.eval()

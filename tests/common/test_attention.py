@@ -160,3 +160,28 @@ def test_without_lengths_it_is_what_transformers_computes(
         expected = stock(input_ids=ids, attention_mask=mask).logits
     assert torch.allclose(found[0], expected[0], rtol=0, atol=2e-5)
     assert torch.allclose(found[1, 4:], expected[1, 4:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 50])
+def test_a_sliding_window_ends_at_the_documents_beginning(window: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    lengths = (7, 2, 12)
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8, generator=generator) for _ in range(3))
+    found, _ = document_attention(
+        torch.nn.Module(), query, key, value, None, scaling=0.5, sliding_window=window, document_lengths=lengths
+    )
+    begin = 0
+    for length in lengths:
+        for place in range(begin, begin + length):
+            first = max(begin, place - window + 1)
+            scores = 0.5 * torch.einsum("hd,hsd->hs", query[0, :, place], key[0, :, first : place + 1])
+            expected = torch.einsum("hs,hsd->hd", scores.softmax(-1), value[0, :, first : place + 1])
+            assert torch.allclose(found[0, place], expected, atol=1e-6)
+        begin += length
+
+
+@pytest.mark.parametrize("addition", ["softcap", "s_aux"])
+def test_what_would_be_left_out_in_silence_is_refused(addition: str) -> None:
+    states = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match=addition):
+        document_attention(torch.nn.Module(), states, states, states, None, **{addition: 50.0})

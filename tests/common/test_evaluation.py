@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from common import evaluation
 from common.adapter import Adapter
-from common.config import LoraConfig
+from common.config import LoraConfig, ModelConfig
 from common.evaluation import Scores, evaluate, greedy, same_answer
 from common.models import LoraModel, load
 from common.text import Example, pack
@@ -79,6 +80,23 @@ def test_answers_are_those_of_each_prompt_by_itself(
     ]
     scores = evaluate(model, examples, ["coding"])
     assert (scores.correct, scores.answers) == (6, 12)
+
+
+def test_an_answer_ends_where_a_chat_template_ends_it(
+    model: LoraModel, base_path: Path, random_examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the special token that ends the expected answers, and not only at the end-of-text token."""
+    (prompt,) = prompts_of(random_examples((9,), seed=11))
+    by_hand = answer_by_hand(model, prompt, 8)
+    end = by_hand[2]
+    assert end not in {*by_hand[:2], EOS}
+    assert greedy(model, [prompt], 8, {end}) == greedy(model, [prompt], 8)  # an ordinary token ends nothing
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base_path)
+    tokenizer.add_special_tokens({"extra_special_tokens": [tokenizer.convert_ids_to_tokens(end)]})
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    expected = tokenizer.decode(by_hand[:2])
+    assert greedy(model, [prompt], 8, {end}) == [expected]
+    assert evaluate(model, [Example((*prompt, *by_hand[:3]), len(prompt), "x", expected)], ["x"]).correct == 1
 
 
 def test_only_exact_kinds_are_asked(model: LoraModel, random_examples: Examples) -> None:
@@ -157,7 +175,7 @@ def test_evaluation_leaves_no_trace(model: LoraModel, random_examples: Examples)
 
 
 def test_dropout_is_off(grouped_path: Path, random_examples: Examples, random_adapter: Callable[..., Adapter]) -> None:
-    model = load(str(grouped_path), LoraConfig(rank=4, dropout=0.5), seed=1)
+    model = load(ModelConfig(str(grouped_path)), LoraConfig(rank=4, dropout=0.5), seed=1)
     model.write(random_adapter(model.read(), seed=2))
     row = pack(random_examples((20, 30)))
     model.peft.train()

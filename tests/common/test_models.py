@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import stat
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from peft import load_peft_weights as load_stock_weights
 from safetensors.torch import load_file, save_file
@@ -31,9 +33,9 @@ from transformers import (
 
 from common.adapter import Adapter, is_a, is_b
 from common.base_model import EMBEDDED, Fingerprint, fingerprint, model_directory
-from common.config import LoraConfig
+from common.config import LoraConfig, ModelConfig
 from common.errors import ModelError
-from common.evaluation import evaluate
+from common.evaluation import evaluate, greedy
 from common.models import LoraModel, load, load_adapter, load_tokenizer, save_adapter
 from common.text import Example, pack
 
@@ -135,7 +137,8 @@ def test_a_fingerprint_does_not_hang_on_how_weights_are_sharded(grouped_path: Pa
     LlamaForCausalLM.from_pretrained(whole, dtype=torch.float32).save_pretrained(sharded, max_shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     assert fingerprint(str(sharded)) == fingerprint(str(whole))
-    assert load(str(sharded), LORA, 1).base_parameters == load(str(whole), LORA, 1).base_parameters
+    counts = {load(ModelConfig(str(path)), LORA, 1).base_parameters for path in (sharded, whole)}
+    assert len(counts) == 1
     tensors = load_file(mixed / WEIGHTS)
     (mixed / WEIGHTS).unlink()
     for start, file in enumerate(("b.safetensors", "a.safetensors")):
@@ -159,7 +162,7 @@ def test_bfloat16_weights_have_a_fingerprint_and_load_as_float32(grouped_path: P
     copy = copy_of(grouped_path)
     edit_weights(copy, lambda found: found.update({name: tensor.bfloat16() for name, tensor in found.items()}))
     assert fingerprint(str(copy)).differences(fingerprint(str(grouped_path))) == ("weights",)
-    assert {parameter.dtype for parameter in load(str(copy), LORA, 1).peft.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load(ModelConfig(str(copy)), LORA, 1).peft.parameters()} == {torch.float32}
 
 
 def test_differences_are_named_in_order() -> None:
@@ -176,7 +179,7 @@ def test_differences_are_named_in_order() -> None:
     "path", ["nowhere", "/nowhere/at/all", "a\0b", "~nobody-here/model", "x" * 5000, "pyproject.toml/x"]
 )
 def test_a_path_to_no_directory(path: str) -> None:
-    for use in (lambda: load(path, LORA, 1), lambda: fingerprint(path), lambda: load_tokenizer(path)):
+    for use in (lambda: load(ModelConfig(path), LORA, 1), lambda: fingerprint(path), lambda: load_tokenizer(path)):
         with pytest.raises(ModelError, match=r"model\.path: expected `embedded` or a directory") as caught:
             use()
         assert len(str(caught.value)) < 6000
@@ -222,7 +225,7 @@ def test_a_broken_directory_is_told(
     copy = copy_of(grouped_path)
     change(copy)
     with pytest.raises(ModelError, match=re.escape(str(copy))) as caught:
-        load(str(copy), LORA, 1)
+        load(ModelConfig(str(copy)), LORA, 1)
     assert re.search(told, str(caught.value))
     if no_fingerprint:
         with pytest.raises(ModelError, match=re.escape(str(copy))):
@@ -233,14 +236,15 @@ def test_weights_without_a_head_are_not_filled_with_random_ones(grouped_path: Pa
     copy = copy_of(grouped_path)
     LlamaModel.from_pretrained(copy).save_pretrained(copy)
     with pytest.raises(ModelError, match=r"lack 1 tensors of the model \(first: lm_head\.weight\)"):
-        load(str(copy), LORA, 1)
+        load(ModelConfig(str(copy)), LORA, 1)
 
 
 def test_tied_weights_have_a_head(grouped_path: Path, copy_of: Copy) -> None:
     copy = copy_of(grouped_path)
     edit_json(copy / CONFIG, tie_word_embeddings=True)
     edit_weights(copy, lambda found: found.pop("lm_head.weight"))
-    assert load(str(copy), LORA, 1).base_parameters == load(str(grouped_path), LORA, 1).base_parameters - 320 * 32
+    tied, whole = (load(ModelConfig(str(path)), LORA, 1).base_parameters for path in (copy, grouped_path))
+    assert tied == whole - 320 * 32
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(grouped_path: Path, copy_of: Copy) -> None:
@@ -254,7 +258,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(grouped_path: Path, copy_of
         ),
     )
     with pytest.raises(ModelError, match=rf"has {known + 1} tokens, more than the {known} that the model knows"):
-        load(str(copy), LORA, 1)
+        load(ModelConfig(str(copy)), LORA, 1)
 
 
 @pytest.mark.parametrize("modules", [["all-linear"], ["query"], ["q_proj"]])
@@ -270,12 +274,12 @@ def test_an_encoder_is_no_causal_language_model(grouped_path: Path, copy_of: Cop
     headless, whole = copy_of(grouped_path), copy_of(grouped_path)
     BertModel(BertConfig(**sizes)).save_pretrained(headless)
     with pytest.raises(ModelError, match=r"lack \d+ tensors of the model"):
-        load(str(headless), lora, 1)
+        load(ModelConfig(str(headless)), lora, 1)
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(whole)
     with pytest.raises(
         ModelError, match=r"BertLMHeadModel, which is not causal|target_modules: expected linear layers"
     ):
-        load(str(whole), lora, 1)
+        load(ModelConfig(str(whole)), lora, 1)
 
 
 def test_an_encoder_and_decoder_is_no_causal_language_model(grouped_path: Path, copy_of: Copy) -> None:
@@ -283,14 +287,14 @@ def test_an_encoder_and_decoder_is_no_causal_language_model(grouped_path: Path, 
     sizes = {"vocab_size": 320, "d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16}
     T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(copy)
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
-        load(str(copy), replace(LORA, target_modules=["all-linear"]), 1)
+        load(ModelConfig(str(copy)), replace(LORA, target_modules=["all-linear"]), 1)
 
 
 # --- Loading -------------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_adapter_is_random_in_a_and_zero_in_b_by_its_seed(grouped_path: Path) -> None:
-    one, again, other = (load(str(grouped_path), LORA, seed).read() for seed in (5, 5, 6))
+    one, again, other = (load(ModelConfig(str(grouped_path)), LORA, seed).read() for seed in (5, 5, 6))
     assert one.digest() == again.digest()
     for key, factor in one.factors.items():
         if is_b(key):
@@ -303,14 +307,14 @@ def test_a_fresh_adapter_is_random_in_a_and_zero_in_b_by_its_seed(grouped_path: 
 
 def test_loading_leaves_random_state_alone(grouped_path: Path) -> None:
     before = torch.get_rng_state()
-    load(str(grouped_path), LORA, 5)
+    load(ModelConfig(str(grouped_path)), LORA, 5)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_loading_says_nothing(grouped_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(str(grouped_path), LORA, 5)
+        load(ModelConfig(str(grouped_path)), LORA, 5)
     assert "".join(capfd.readouterr()) == ""
 
 
@@ -324,7 +328,7 @@ def test_loading_says_nothing(grouped_path: Path, capfd: pytest.CaptureFixture[s
     ],
 )
 def test_target_modules(grouped_path: Path, modules: list[str], expected: set[str]) -> None:
-    adapter = load(str(grouped_path), replace(LORA, target_modules=modules), 1).read()
+    adapter = load(ModelConfig(str(grouped_path)), replace(LORA, target_modules=modules), 1).read()
     found = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter.factors}
     assert found == expected
     assert len(adapter.factors) == 2 * 2 * len(expected)  # A and B in each of 2 layers
@@ -338,13 +342,13 @@ def test_target_modules(grouped_path: Path, modules: list[str], expected: set[st
 )
 def test_an_unknown_target_module_is_told_with_those_there_are(grouped_path: Path, modules: list[str]) -> None:
     with pytest.raises(ModelError, match=rf"target_modules: .*k_proj, .*v_proj\) or all-linear, found {modules[-1]}$"):
-        load(str(grouped_path), replace(LORA, target_modules=modules), 1)
+        load(ModelConfig(str(grouped_path)), replace(LORA, target_modules=modules), 1)
 
 
 def test_only_the_adapter_can_be_trained_and_the_base_never_changes(
     grouped_path: Path, random_adapter: Callable[..., Adapter], random_examples: Examples
 ) -> None:
-    model = load(str(grouped_path), replace(LORA, dropout=0.2), 1)
+    model = load(ModelConfig(str(grouped_path)), replace(LORA, dropout=0.2), 1)
     stock = LlamaForCausalLM.from_pretrained(grouped_path, dtype=torch.float32)
     before = base_weights(model)
     assert sorted(before.values()) == sorted(p.detach().numpy().tobytes() for p in stock.parameters())
@@ -396,7 +400,7 @@ def test_logits_are_those_of_the_supervised_places(model: LoraModel, random_exam
 
 def test_the_adapter_adds_alpha_over_r_times_b_a(grouped_path: Path, random_adapter: Callable[..., Adapter]) -> None:
     """Against the dense weights, so that what federation averages is what the notation says it is."""
-    model = load(str(grouped_path), LORA, 1)
+    model = load(ModelConfig(str(grouped_path)), LORA, 1)
     adapter = random_adapter(model.read(), seed=3)
     model.write(adapter)
     dense = LlamaForCausalLM.from_pretrained(grouped_path, dtype=torch.float32)
@@ -416,15 +420,15 @@ def test_an_adapter_for_other_settings_is_refused_and_nothing_is_written(
 ) -> None:
     before = model.read().digest()
     with pytest.raises(ModelError, match=r"expected shape|does not fit the base model and LoRA settings"):
-        model.write(load(str(grouped_path), other, 1).read())
+        model.write(load(ModelConfig(str(grouped_path)), other, 1).read())
     assert model.read().digest() == before
 
 
 def test_an_adapter_from_another_base_is_refused(grouped_path: Path, dense_path: Path, tmp_path: Path) -> None:
     """Their value projections have different sizes."""
-    save_adapter(load(str(dense_path), LORA, 1).read(), LORA, str(dense_path), tmp_path / "adapter")
+    save_adapter(load(ModelConfig(str(dense_path)), LORA, 1).read(), LORA, str(dense_path), tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"v_proj.lora_B.weight: expected shape \(16, 4\), found \(32, 4\)"):
-        load(str(grouped_path), LORA, 1).write(load_adapter(tmp_path / "adapter"))
+        load(ModelConfig(str(grouped_path)), LORA, 1).write(load_adapter(tmp_path / "adapter"))
 
 
 def stock_perplexity(model: torch.nn.Module, examples: list[Example]) -> float:
@@ -450,7 +454,7 @@ def test_a_saved_adapter_is_one_of_pefts_own(
 ) -> None:
     """Stock transformers and PEFT load it over the stock base, one document at a time, and find the same perplexity."""
     lora = LoraConfig(rank=3, alpha=7.5, dropout=0.25, target_modules=modules)
-    model = load(str(base_path), lora, 1)
+    model = load(ModelConfig(str(base_path)), lora, 1)
     adapter = random_adapter(model.read(), seed=4)
     model.write(adapter)
     examples = random_examples((5, 12, 30, 8))
@@ -487,7 +491,7 @@ def test_whoever_may_read_the_directory_may_read_the_published_adapter(model: Lo
 def test_an_adapter_that_peft_wrote_in_bfloat16_can_be_read(
     grouped_path: Path, tmp_path: Path, random_adapter: Callable[..., Adapter]
 ) -> None:
-    model = load(str(grouped_path), LORA, 1)
+    model = load(ModelConfig(str(grouped_path)), LORA, 1)
     model.write(random_adapter(model.read(), seed=5))
     exact = model.read()
     model.peft.to(torch.bfloat16).save_pretrained(str(tmp_path / "adapter"))
@@ -522,5 +526,142 @@ def test_what_a_model_recommends_for_sampling_does_not_bend_greedy_answers(
         suppress_tokens=list(range(3, 200)),
     )
     prompts = [example.ids for example in random_examples((2, 5, 9, 14))]
-    plain, bent = (greedy(load(str(path), LORA, 1), prompts, 8) for path in (grouped_path, copy))
+    plain, bent = (greedy(load(ModelConfig(str(path)), LORA, 1), prompts, 8) for path in (grouped_path, copy))
     assert bent == plain
+
+
+# ---- architectures -------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OLD = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "llama-1": ("LlamaConfig", {**SMALL, "num_key_value_heads": 4}, True),
+    "llama-3": (
+        "LlamaConfig",
+        {
+            **SMALL,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        True,
+    ),
+    "mistral": ("MistralConfig", {**SMALL, "sliding_window": 5}, True),
+    "mixtral": ("MixtralConfig", {**SMALL, "num_local_experts": 4}, True),
+    "qwen-2": ("Qwen2Config", SMALL, True),
+    "qwen-3": ("Qwen3Config", {**SMALL, "head_dim": 8}, True),
+    "gemma-3": ("Gemma3TextConfig", {**SMALL, "head_dim": 8, "sliding_window": 5}, True),
+    "phi-3": ("Phi3Config", SMALL, True),
+    "olmo-2": ("Olmo2Config", SMALL, True),
+    "gpt-neox": ("GPTNeoXConfig", OLD, True),
+    # What these add to attention, or leave out of it, does not go with packed rows.
+    "gemma-2": ("Gemma2Config", {**SMALL, "head_dim": 8}, False),
+    "gpt-oss": ("GptOssConfig", {**SMALL, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, False),
+    "falcon": ("FalconConfig", OLD, False),
+    "bloom": ("BloomConfig", {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4}, False),
+}
+
+
+def write_architecture(name: str, directory: Path, tokenizer: Path) -> tuple[Path, bool]:
+    """A small random model of an architecture, and whether it takes packed rows."""
+    kind, settings, packed = ARCHITECTURES[name]
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
+    with torch.no_grad():  # random weights are so small that attention hardly matters
+        for parameter in base.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    base.save_pretrained(directory)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / file, directory / file)
+    return directory, packed
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_gives_the_loss_that_stock_transformers_gives_one_document_at_a_time(
+    name: str, grouped_path: Path, tmp_path: Path, random_examples: Examples, random_adapter: Callable[..., Adapter]
+) -> None:
+    directory, packed = write_architecture(name, tmp_path / "model", grouped_path)
+    found = load(ModelConfig(str(directory)), replace(LORA, target_modules=["all-linear"]), 1)
+    assert found.packed == packed
+    adapter = random_adapter(found.read(), seed=2, scale=0.1)
+    found.write(adapter)
+    save_adapter(adapter, found.lora, str(directory), tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager"),
+        tmp_path / "adapter",
+    )
+    documents = random_examples((7, 12, 9, 20))
+    expected = 0.0
+    with torch.no_grad():
+        for document in documents:
+            logits = stock(input_ids=torch.tensor([document.ids])).logits[0, document.prompt_tokens - 1 : -1]
+            targets = torch.tensor(document.ids[document.prompt_tokens :])
+            expected += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    scores = evaluate(found, documents)
+    assert scores.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "mistral", "gemma-2", "falcon"])
+def test_every_architecture_can_be_trained_and_asked(
+    name: str, grouped_path: Path, tmp_path: Path, random_examples: Examples
+) -> None:
+    directory, _ = write_architecture(name, tmp_path / "model", grouped_path)
+    found = load(ModelConfig(str(directory)), replace(LORA, target_modules=["all-linear"]), 1)
+    row = pack(random_examples((7, 12, 9)))
+    torch.nn.functional.cross_entropy(found.logits(row), row.targets).backward()
+    gradients = [p.grad for key, p in found.parameters.items() if is_b(key)]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+    prompts = [[5, 6, 7], [8, 9]]
+    assert greedy(found, prompts, 4) == [greedy(found, [prompt], 4)[0] for prompt in prompts]
+
+
+# ---- what this machine can hold ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"device": "cuda"}, "model.device: expected a CUDA device, found none; set it to cpu or auto"),
+        ({"weights": "4bit"}, "model.weights: found 4bit, which needs a CUDA device, and the model is on cpu"),
+        ({"weights": "8bit", "device": "cpu"}, "model.weights: found 8bit, which needs a CUDA device"),
+    ],
+)
+def test_what_needs_cuda_is_told_before_anything_is_loaded(
+    grouped_path: Path, settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # wherever the test runs
+    with pytest.raises(ModelError, match=re.escape(said)):
+        load(ModelConfig(str(grouped_path), **settings), LORA, 1)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_base_is_held_as_asked_and_the_adapter_in_float32(
+    grouped_path: Path, random_examples: Examples, dtype: str, expected: torch.dtype
+) -> None:
+    found = load(ModelConfig(str(grouped_path), device="cpu", dtype=dtype), LORA, 1)
+    assert found.dtype == expected
+    assert {p.dtype for p in found.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in found.peft.parameters()} == {expected, torch.float32}
+    assert found.logits(pack(random_examples((5, 9)))).dtype == expected
+
+
+def test_on_cpu_auto_is_float32_so_that_a_run_is_the_same_on_every_machine(grouped_path: Path) -> None:
+    assert load(ModelConfig(str(grouped_path), device="cpu"), LORA, 1).dtype == torch.float32

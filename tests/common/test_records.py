@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from common.records import Record, read_jsonl, write_jsonl
+from common.records import ASSISTANT, SYSTEM, USER, Message, Record, read_jsonl, write_jsonl
 
 GOOD = '{"prompt": "p", "completion": "c", "person": "n"}'
 # Where str.splitlines cuts, and JSON does not.
@@ -20,7 +20,18 @@ SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 
 texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(SEPARATORS + "\r\n\ufeff"))
 filled = texts.filter(str.strip)
-records = st.builds(Record, prompt=texts, completion=filled, person=filled, kind=texts)
+prompted = st.builds(Record, prompt=texts, completion=filled, person=filled, kind=texts)
+chats = st.builds(
+    lambda system, turns, answer, person, kind: Record.of_chat(
+        [*system, *turns, Message(ASSISTANT, answer)], person, kind
+    ),
+    st.lists(st.builds(Message, st.just(SYSTEM), texts), max_size=1),
+    st.lists(st.builds(Message, st.sampled_from([USER, ASSISTANT]), texts), max_size=3),
+    filled,
+    filled,
+    texts,
+)
+records = prompted | chats
 
 
 def read(directory: Path, content: str | bytes) -> tuple[Record, ...]:
@@ -103,6 +114,24 @@ def test_files_as_other_programs_write_them(tmp_path: Path, content: str) -> Non
         ('{"completion": "c", "person": "n", "prompt": null}', "expected text in `prompt`, found NoneType"),
         ('{"completion": "c", "person": "n", "kind": 3}', "expected text in `kind`, found int"),
         ('{"completion": "c \\ud800", "person": "n"}', "half of a surrogate pair"),
+        ('{"messages": [], "person": "n"}', "expected `messages` as a list of {role, content}, found []"),
+        ('{"messages": "hello", "person": "n"}', "expected `messages` as a list of {role, content}, found 'hello'"),
+        ('{"messages": [3], "person": "n"}', "message 1: expected {role, content}, found int"),
+        (
+            '{"messages": [{"from": "gpt"}], "person": "n"}',
+            "expected a role of system, user, assistant, found None amon",
+        ),
+        ('{"messages": [{"role": "tool", "content": ""}], "person": "n"}', "found 'tool'"),
+        ('{"messages": [{"role": "user"}], "person": "n"}', "message 1: expected text in `content`, found NoneType"),
+        ('{"messages": [{"role": "user", "content": "a"}], "person": "n"}', "an answer of the assistant, found none"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "person": "n"}',
+            "message 2: expected the system's message first",
+        ),
+        ('{"messages": [{"role": "assistant", "content": " "}], "person": "n"}', "found none to learn from"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', "expected text in `person`, found None"),
+        ('{"messages": [{"role": "assistant", "content": "b"}], "completion": "c", "person": "n"}', "found both"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud800"}], "person": "n"}', "half of a surrogate pair"),
     ],
 )
 def test_every_mistake_is_told_with_file_and_line(tmp_path: Path, line: str, told: str) -> None:
@@ -129,6 +158,11 @@ def test_a_file_without_records_is_an_error(tmp_path: Path, content: str) -> Non
 def test_another_encoding_is_an_error(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl: expected UTF-8"):
         read(tmp_path, content)
+
+
+def test_another_encoding_is_told_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"found other bytes in line 3"):
+        read(tmp_path, f"{GOOD}\n\n".encode() + GOOD.replace("p", "\xe9").encode("latin-1"))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

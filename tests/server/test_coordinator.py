@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,16 @@ from client.institution import Institution
 from client.training import Trained
 from common import config_files
 from common.adapter import Adapter
-from common.config import Config, EvaluationConfig, FederationConfig, LoraConfig, ServerOptimizerConfig, TrainConfig
+from common.config import (
+    Config,
+    EvaluationConfig,
+    FederationConfig,
+    LoraConfig,
+    ModelConfig,
+    ServerOptimizerConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from common.errors import ConfigError, DataError, RunStopped, StorageError
 from common.evaluation import Scores, evaluate
 from common.messages import Hello, Introduction, Plan, Refused, Reply, Request
@@ -29,6 +39,7 @@ from common.text import Example
 from server import checkpoints
 from server.coordinator import Bench, Observer, Outcome, coordinate, run_name
 from server.rounds import Progress
+from server.tracking import read_events
 from simulations.members import InProcessMembers
 from tests.client.conftest import NAMES, make_config, make_records, write_base_model
 
@@ -85,7 +96,7 @@ class Stage:
         return self.root / "run"
 
     def members(self, names: Sequence[str] = NAMES, **spoils: Spoil) -> InProcessMembers:
-        model = self.config.model.path
+        model = self.config.model
         return InProcessMembers(
             [Institution(n, self.records / n, self.root / "homes" / n, model, spoils.get(n)) for n in names]
         )
@@ -106,6 +117,14 @@ class Stage:
         """metrics.jsonl without the time that rounds took."""
         lines = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
         return [{**line, "seconds": None} for line in lines]
+
+    def curves(self) -> list[tuple[int, dict[str, float]]]:
+        """What the event files hold of each round, without the time that it took, in the order of writing."""
+        return [
+            (event.step, {v.tag: v.simple_value for v in event.summary.value if not v.tag.startswith("seconds/")})
+            for file in sorted((self.directory / "tensorboard").iterdir())
+            for event in read_events(file)
+        ]
 
     def checkpoints(self) -> list[str]:
         return sorted(file.name for file in (self.directory / "checkpoints").iterdir())
@@ -130,6 +149,7 @@ def assert_ended_like(stage: Stage, progress: Progress, whole: tuple[Stage, Prog
     assert progress.adapter.digest() == expected.adapter.digest()
     assert progress.best.digest() == expected.best.digest()
     assert stage.lines() == expected_stage.lines()
+    assert stage.curves() == expected_stage.curves()
     published = {file.name: file.read_bytes() for file in (stage.directory / "adapter").iterdir()}
     assert published == {file.name: file.read_bytes() for file in (expected_stage.directory / "adapter").iterdir()}
 
@@ -146,11 +166,14 @@ def test_a_run_learns_and_leaves_what_it_should(whole: tuple[Stage, Progress], c
         "metrics.jsonl",
         "refused.json",
         "checkpoints",
+        "tensorboard",
         "adapter",
     }
     assert config_files.parse((stage.directory / "config.yaml").read_text(), "config.yaml") == config
     assert [line["round"] for line in stage.lines()] == [1, 2, 3, 4]
     assert all(line["contributors"] == 2 for line in stage.lines())
+    assert [step for step, _ in stage.curves()] == [1, 2, 3, 4]
+    assert stage.curves()[3][1]["train/loss"] == pytest.approx(progress.history[3].train_loss)
     assert stage.checkpoints() == ["round-00003.safetensors", "round-00004.safetensors"]
     assert min(line["validation"]["perplexity"] for line in stage.lines()) == progress.best_perplexity
 
@@ -200,6 +223,15 @@ class Permuted:
 
 def test_neither_the_order_of_work_nor_of_replies_matters(stage: Stage, whole: tuple[Stage, Progress]) -> None:
     assert_ended_like(stage, stage.go(Permuted(stage.members(NAMES[::-1]))).progress, whole)
+
+
+def test_curves_for_a_package_that_is_not_there_are_refused_before_anything_is_done(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed, where it is
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        stage.go(tracking=TrackingConfig(mlflow="sqlite:///runs.db"))
+    assert not stage.directory.exists()
 
 
 def test_observers_are_told(stage: Stage) -> None:
@@ -257,7 +289,7 @@ def when_all_have_replied(stage: Stage, number: int) -> None:
 
 def while_evaluating(stage: Stage, number: int) -> None:
     found = stage.bench
-    stage.go(bench=FailingBench(found.model, found.exact, found.max_tokens, found.start, kill_at=number + 1))
+    stage.go(bench=FailingBench(found.model, found.exact, found.train, found.start, kill_at=number + 1))
 
 
 def between_checkpoint_and_metrics(stage: Stage, number: int) -> None:
@@ -425,7 +457,7 @@ def test_an_institution_with_another_base_model_stays_outside_and_the_run_goes_o
 ) -> None:
     other = str(write_base_model(tmp_path / "other-base", seed=12))
     members = stage.members()
-    odd = Institution("cedar", stage.records / "cedar", stage.root / "homes" / "cedar", other)
+    odd = Institution("cedar", stage.records / "cedar", stage.root / "homes" / "cedar", ModelConfig(other))
     members._institutions["cedar"] = odd
     told: list[tuple[str, Refused]] = []
     outcome = stage.go(members, Observer(on_refusal=lambda name, refused: told.append((name, refused))))
@@ -562,7 +594,7 @@ def test_scores_of_the_bench_are_those_of_the_adapter_given(
     whole: tuple[Stage, Progress], bench: Bench, place: Path, config: Config
 ) -> None:
     examples = bench.read(place / "coordinator" / "validation.jsonl")
-    model: LoraModel = load(config.model.path, config.lora, 77)
+    model: LoraModel = load(config.model, config.lora, 77)
     model.write(whole[1].best)
     assert bench.scores(whole[1].best, examples) == evaluate(model, examples)
     assert bench.scores(bench.start, examples) != bench.scores(whole[1].best, examples)

@@ -36,6 +36,7 @@ from flwr.superlink.grid import InMemoryGrid
 from client.app import build_client_app
 from client.institution import Institution
 from common.adapter import flatten
+from common.config import ModelConfig
 from common.errors import RunStopped
 from common.flower import from_records, to_records
 from common.messages import (
@@ -251,6 +252,63 @@ def test_more_nodes_than_a_wave_are_asked_in_waves(network: Network) -> None:
     assert network.state.num_message_ins() == network.state.num_message_res() == 0  # nothing is left behind
 
 
+def test_without_a_wave_everybody_is_asked_at_once(network: Network) -> None:
+    everybody = threading.Barrier(5)
+
+    def together(name: str) -> Answer:
+        def answer(message: Message) -> Message | None:
+            everybody.wait(timeout=10)  # broken, and so an error, unless all five are asked before one has answered
+            return named(name)(message)
+
+        return answer
+
+    names = [f"n{number}" for number in range(5)]
+    for name in names:
+        network.add(then(named(name), together(name)))
+    members = FlowerMembers(network.grid, threading.Event())
+    members.meet(HELLO, len(names), 20.0)
+    replies = dict(members.ask(dict.fromkeys(names, request()), 20.0))
+    assert all(isinstance(reply, Contribution) for reply in replies.values())
+
+
+def test_one_request_to_many_is_written_once(network: Network) -> None:
+    seen: list[RecordDict] = []
+
+    def keeping(name: str) -> Answer:
+        def answer(message: Message) -> Message | None:
+            seen.append(message.content)
+            return named(name)(message)
+
+        return answer
+
+    names = ["alder", "birch", "cedar"]
+    for name in names:
+        network.add(then(named(name), keeping(name)))
+    members = members_of(network)
+    members.meet(HELLO, 3, 20.0)
+    assert len(list(members.ask(dict.fromkeys(names, request(1)), 20.0))) == 3
+    assert len(list(members.ask({name: request(2) for name in names}, 20.0))) == 3
+    assert len({id(content) for content in seen[:3]}) == 1
+    assert len({id(content) for content in seen[3:]}) == 3
+
+
+def test_who_is_long_silent_is_asked_after_less_often(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulls: list[float] = []
+    pull = network.grid.pull_messages
+
+    def counted(ids: Any) -> Any:
+        pulls.append(time.monotonic())
+        return pull(ids)
+
+    network.add(then(named("alder"), silent))
+    members = members_of(network)
+    members.meet(HELLO, 1, 20.0)
+    monkeypatch.setattr(network.grid, "pull_messages", counted)
+    assert list(members.ask({"alder": request()}, 2.0)) == [("alder", Refused(TIMED_OUT))]
+    assert len(pulls) < 70  # every 20 ms would be 100
+    assert pulls[1] - pulls[0] < pulls[-1] - pulls[-2]
+
+
 def test_a_node_that_never_answers_costs_the_time_limit_and_nobody_else(network: Network) -> None:
     network.add(named("alder"))
     network.add(then(named("birch"), silent))
@@ -413,7 +471,7 @@ def test_a_run_on_flower_is_the_run_in_one_process(network: Network, base_model:
     write_jsonl(central, make_records(3, "coordinator"))
 
     def institutions(home: str) -> list[Institution]:
-        return [Institution(name, tmp_path / name, tmp_path / home / name, base_model) for name in NAMES]
+        return [Institution(name, tmp_path / name, tmp_path / home / name, ModelConfig(base_model)) for name in NAMES]
 
     one_at_a_time = threading.Lock()  # institutions of one process share its model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +26,12 @@ from common.errors import ConfigError, DataError, ModelError, Refusal, RunStoppe
 COMMANDS = [
     ("simulations", []),
     ("simulations", ["run"]),
+    ("simulations", ["check"]),
     ("simulations", ["tune"]),
     ("simulations", ["data"]),
     ("simulations", ["pretrain"]),
+    ("simulations", ["bench"]),
+    ("simulations", ["bench", "scale"]),
     ("server", []),
     ("server", ["report"]),
     ("client", []),
@@ -48,15 +51,20 @@ def sim(*arguments: str) -> Result:
 # --- Help
 
 
+def commands(apps: Mapping[str, typer.Typer]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every command of every application, and those of its groups."""
+    for name, app in apps.items():
+        yield from ((name, (found.callback.__name__,)) for found in app.registered_commands if found.callback)
+        for group in app.registered_groups:
+            assert group.name
+            assert group.typer_instance
+            yield name, (group.name,)
+            yield from ((name, (group.name, *path)) for _, path in commands({name: group.typer_instance}))
+
+
 def test_every_command_is_tested() -> None:
     apps = {"simulations": simulations.main.app, "server": server.main.app, "client": client.main.app}
-    found = {
-        (name, command.callback.__name__)
-        for name, app in apps.items()
-        for command in app.registered_commands
-        if command.callback
-    }
-    assert found == {(name, arguments[0]) for name, arguments in COMMANDS if arguments}
+    assert set(commands(apps)) == {(name, tuple(arguments)) for name, arguments in COMMANDS if arguments}
 
 
 @pytest.mark.parametrize(("package", "arguments"), COMMANDS, ids=lambda value: " ".join(value))

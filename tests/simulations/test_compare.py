@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import POOLED, ArmConfig
+from common.config import POOLED, ArmConfig, TrackingConfig
 from common.config_files import load
 from common.errors import RunStopped
 from common.records import read_jsonl
@@ -21,6 +21,11 @@ from simulations.generate import federation as generator
 from simulations.layout import RunDirectory
 
 CONFIG = load("smoke")
+
+
+def test_no_curve_of_an_arm_leaves_the_machine() -> None:
+    tracked = replace(CONFIG, tracking=TrackingConfig(mlflow="https://example.org", wandb="project"))
+    assert arm_config(tracked, "riverside").tracking == TrackingConfig()
 
 
 def test_gap_closed_by_hand() -> None:
@@ -51,7 +56,7 @@ def test_an_arm_differs_from_the_federation_in_who_takes_part_and_in_what_was_tu
     assert replace(mine.train, batch_size=4, learning_rate=1e-3) == replace(
         tuned.train, batch_size=4, learning_rate=1e-3
     )
-    assert mine.data.institutions == [arm]
+    assert mine.data.names == (arm,)
     for same in ("lora", "model", "quantise", "seed"):
         assert getattr(mine, same) == getattr(tuned, same)
     assert (mine.evaluation.every, mine.evaluation.patience) == (tuned.evaluation.every, tuned.evaluation.patience)

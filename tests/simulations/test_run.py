@@ -109,9 +109,7 @@ def test_one_process_gives_the_same_adapter_as_the_engine(whole: tuple[Path, dic
     threads = torch.get_num_threads()
     torch.set_num_threads(config.simulation.threads)
     try:
-        members = InProcessMembers(
-            [virtual(config, place, name, place.records(config)) for name in config.data.institutions]
-        )
+        members = InProcessMembers([virtual(config, place, name, place.records(config)) for name in config.data.names])
         coordinate(config, tmp_path, tmp_path / "data" / "coordinator" / "validation.jsonl", members, Observer())
     finally:
         torch.set_num_threads(threads)
