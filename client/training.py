@@ -108,7 +108,7 @@ def train(
         for step, batch in enumerate(batches):
             progress = (assignment.round - 1 + (step + 1) / len(batches)) / assignment.rounds
             optimizer.param_groups[0]["lr"] = learning_rate(config, progress)
-            rows = list(packs([examples[i] for i in batch], config.row_tokens))
+            rows = list(packs([examples[i] for i in batch], config.row_tokens, padded=not model.packed))
             supervised = sum(len(row.targets) for row in rows)
             for row in rows:
                 losses = cross_entropy(model.logits(row).float(), row.targets.to(model.device), reduction="none")  # [t]

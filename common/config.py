@@ -143,7 +143,7 @@ class TrainConfig:
     in pieces that share `overlap` tokens, supervised once.
     supervised: `completion` (answers of the assistant, in a chat) or `all` tokens.
     row_tokens: a step's records go through the model in packed rows of at most so many tokens, whose gradients add up;
-    it bounds memory and changes nothing else.
+    it bounds memory, and changes nothing but which weights dropout leaves out.
     checkpointing: forget activations and compute them again in the backward pass (Chen et al. 2016); slower, smaller.
     """
 

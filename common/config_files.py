@@ -102,8 +102,12 @@ def to_yaml(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """SHA-256 (hex) over canonical JSON: equal for equal configurations, whatever file or overrides they came from."""
-    canonical = json.dumps(_plain(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """SHA-256 (hex) over canonical JSON: equal for equal configurations, whatever file or overrides they came from.
+
+    Where curves are sent changes no result, and is left out: a run can be resumed when such a service is gone.
+    """
+    plain = {name: section for name, section in _plain(config).items() if name != "tracking"}
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

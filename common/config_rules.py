@@ -168,7 +168,10 @@ RULES: dict[str, Rule] = {
         lambda rates: bool(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
     ),
     "tracking.tensorboard": _TRUTH,
-    "tracking.mlflow": Rule("a tracking URI, or empty", lambda uri: uri == uri.strip()),
+    "tracking.mlflow": Rule(
+        "a tracking URI without a password (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD hold them), or empty",
+        lambda uri: uri == uri.strip() and not re.search(r"://[^/]*@", uri),
+    ),
     "tracking.wandb": Rule("a project name, or empty", lambda project: project == project.strip()),
     "simulation.actors": _whole(1),
     "simulation.threads": _whole(1),

@@ -65,7 +65,7 @@ def _loss(model: LoraModel, examples: Sequence[Example]) -> tuple[float, int]:
     model.peft.eval()
     total, tokens = 0.0, 0
     with torch.inference_mode():
-        for row in packs(examples, ROW_TOKENS):
+        for row in packs(examples, ROW_TOKENS, padded=not model.packed):
             logits = model.logits(row).float()
             losses = torch.nn.functional.cross_entropy(logits, row.targets.to(logits.device), reduction="none")
             total += float(losses.double().sum())

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Rotary positions that change with the longest document of a batch (Su et al. 2021; LongRoPE, Ding et al. 2024).
+_ROW_LENGTH = ("dynamic", "longrope")
+
+
 class LoraModel:
     """A frozen base model with one LoRA adapter on it, and its tokenizer.
 
@@ -46,6 +50,7 @@ class LoraModel:
             for name, parameter in peft_model.named_parameters()
             if ".lora_" in name
         }
+        self._checkpointing = False
         self.device: torch.device = next(iter(self._parameters.values())).device
 
     @property
@@ -84,14 +89,21 @@ class LoraModel:
 
         Raises ModelError when the architecture cannot do the second.
         """
-        base = self.peft.get_base_model()
-        if not wanted:
-            base.gradient_checkpointing_disable()
+        if wanted == self._checkpointing:
             return
-        try:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:
-            raise ModelError(f"train.checkpointing: found true, which {type(base).__name__} does not know") from error
+        base = self.peft.get_base_model()
+        with warnings.catch_warnings():
+            # transformers is about to call it activation checkpointing; its floor here knows the old name only.
+            warnings.simplefilter("ignore", FutureWarning)
+            if not wanted:
+                base.gradient_checkpointing_disable()
+            else:
+                try:
+                    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                except ValueError as error:
+                    name = type(base).__name__
+                    raise ModelError(f"train.checkpointing: found true, which {name} does not know") from error
+        self._checkpointing = wanted
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """What every forward pass runs in: bfloat16 products where the base is in bfloat16."""
@@ -120,6 +132,8 @@ class LoraModel:
     def _padded_logits(self, pack: Pack) -> torch.Tensor:
         import torch
 
+        if len(pack.lengths) > 1 and _rope(self.peft.get_base_model().config) in _ROW_LENGTH:
+            return torch.cat([self._padded_logits(alone) for alone in pack.documents()])
         rows = pack.ids[0].split(list(pack.lengths))
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [b, s]
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -162,8 +176,9 @@ def load(model: ModelConfig, lora: LoraConfig, seed: int) -> LoraModel:
     directory = model_directory(model.path)
     device = _device(model)
     for packed in (True, False):
+        base: Any = None  # two large models have no room beside each other
         base = _load_base(directory, model, device, packed)
-        if base is None:
+        if base is None or (packed and _sees_the_row(base.config)):
             continue
         tokenizer = load_tokenizer(model.path)
         if len(tokenizer) > base.get_input_embeddings().num_embeddings:
@@ -175,8 +190,9 @@ def load(model: ModelConfig, lora: LoraConfig, seed: int) -> LoraModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = LoraModel(_with_adapter(base, lora, directory), tokenizer, lora, model.path, packed)
-        if _keeps_documents_apart(adapted):
+        if _keeps_documents_apart(adapted, model.weights):
             return adapted
+        del adapted
     raise ModelError(
         f"{directory} holds a {type(base).__name__}, which is not causal or computes numbers that are not finite; "
         "expected a Llama or another causal language model"
@@ -204,12 +220,25 @@ def _device(model: ModelConfig) -> torch.device:
     return device
 
 
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type of the base model and its arithmetic, on that device."""
     import torch
 
     if model.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if cuda else torch.float32
     return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+
+
+def _rope(config: Any) -> str:
+    """The kind of rotary positions, as far as the configuration says."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return str(settings.get("rope_type", "")) if isinstance(settings, dict) else ""
+
+
+def _sees_the_row(config: Any) -> bool:
+    """Whether something depends on the row's longest document, or stands in the mask, which packed rows have not."""
+    return _rope(config) in _ROW_LENGTH or getattr(config, "attention_chunk_size", None) is not None
 
 
 def _load_base(directory: Path, model: ModelConfig, device: torch.device, packed: bool) -> Any:
@@ -228,7 +257,7 @@ def _load_base(directory: Path, model: ModelConfig, device: torch.device, packed
             load_in_8bit=model.weights == "8bit",
             load_in_4bit=model.weights == "4bit",
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=_dtype(model, device),
+            bnb_4bit_compute_dtype=dtype_of(model, device),
         )
     base: Any
     loading: dict[str, Any]
@@ -238,7 +267,7 @@ def _load_base(directory: Path, model: ModelConfig, device: torch.device, packed
             local_files_only=True,
             use_safetensors=True,
             attn_implementation=attention.NAME if packed else "eager",
-            dtype=_dtype(model, device),
+            dtype=dtype_of(model, device),
             output_loading_info=True,
             **({} if quantised is None else {"quantization_config": quantised, "device_map": {"": 0}}),
         )
@@ -282,7 +311,7 @@ def _check_targets(base: torch.nn.Module, targets: Sequence[str], directory: Pat
         )
 
 
-def _keeps_documents_apart(model: LoraModel) -> bool:
+def _keeps_documents_apart(model: LoraModel, weights: str) -> bool:
     """Whether each of two documents gets the logits that it gets by itself, whatever stands beside or after it.
 
     Some architectures take our attention and the lengths of documents without a word, and heed neither; so what a
@@ -306,19 +335,24 @@ def _keeps_documents_apart(model: LoraModel) -> bool:
         try:
             found = together(documents)
             # Another first document, another last token. To the bit for most architectures; experts are grouped by
-            # what stands in the row, and sum in another order then.
-            if differ(together(others)[second], found[second], 1e-5):
+            # what stands in the row, and sum in another order then. Padded rows are apart by their form, and 8-bit
+            # products choose their outliers by all that stands in a batch (Dettmers et al. 2022, section 3.2).
+            exact = weights != "8bit" and (model.packed or model.dtype == torch.float32)
+            if differ(together(others)[second], found[second], 1e-5 if exact else 5e-2):
                 return False
             base.set_attn_implementation("eager")
             with model.arithmetic():
                 alone = [
                     model.peft(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1] for ids in documents
                 ]
+        except torch.cuda.OutOfMemoryError as error:
+            raise ModelError(f"the model does not fit this device's memory: {error}") from error
         except (TypeError, IndexError, RuntimeError, ValueError):
             return False
         finally:
             base.set_attn_implementation(ours)
-    return not differ(found, torch.cat(alone).float(), 1e-3 if model.dtype == torch.float32 else 3e-2)
+    rounding = 1e-3 if model.dtype == torch.float32 and weights != "8bit" else 5e-2
+    return not differ(found, torch.cat(alone).float(), rounding)
 
 
 def peft_config(lora: LoraConfig, path: str) -> Any:

@@ -61,6 +61,21 @@ class Pack:
     predict: torch.Tensor
     targets: torch.Tensor
 
+    def documents(self) -> Iterator[Pack]:
+        """Each document as a row of its own."""
+        start = 0
+        for length in self.lengths:
+            inside = (self.predict >= start) & (self.predict < start + length)
+            places = slice(start, start + length)
+            yield Pack(
+                self.ids[:, places],
+                self.positions[:, places],
+                (length,),
+                self.predict[inside] - start,
+                self.targets[inside],
+            )
+            start += length
+
 
 def pack(examples: Sequence[Example]) -> Pack:
     """Packs examples, in order, into one row."""
@@ -85,11 +100,19 @@ def pack(examples: Sequence[Example]) -> Pack:
     )
 
 
-def packs(examples: Sequence[Example], max_tokens: int) -> Iterator[Pack]:
-    """All examples, in order, in rows of at most `max_tokens` (a longer example gets a row of its own)."""
+def packs(examples: Sequence[Example], max_tokens: int, padded: bool = False) -> Iterator[Pack]:
+    """All examples, in order, in rows of at most `max_tokens` (a longer example gets a row of its own).
+
+    padded: each will be filled up to the longest of its row, and counts as much.
+    """
+
+    def size(together: Sequence[Example]) -> int:
+        lengths = [len(example.ids) for example in together]
+        return max(lengths) * len(lengths) if padded else sum(lengths)
+
     waiting: list[Example] = []
     for example in examples:
-        if waiting and sum(len(other.ids) for other in waiting) + len(example.ids) > max_tokens:
+        if waiting and size([*waiting, example]) > max_tokens:
             yield pack(waiting)
             waiting = []
         waiting.append(example)

@@ -149,7 +149,8 @@ def _opened(key: str, place: Callable[[], Place]) -> Place:
         return place()
     except Exception as error:
         raise ConfigError(
-            f"tracking.{key}: its service cannot be used: {error}. Mend that, or do without: `tracking.{key}=`"
+            f"tracking.{key}: its service cannot be used: {error}. Mend that, or do without: `tracking.{key}=`, "
+            "for a run that is resumed in its config.yaml"
         ) from error
 
 

@@ -253,12 +253,16 @@ def _about_evaluation(config: Config, sets: Sequence[Set]) -> Iterator[str]:
     if missing := [kind for kind in config.evaluation.exact if kind not in kinds]:
         yield (
             f"evaluation.exact: no test record of the coordinator is of the kind {', '.join(missing)}, so no answers of"
-            f" it are scored; there are {', '.join(sorted(kinds))}"
+            f" it are scored; the records have {len(kinds)} other kinds"
         )
 
 
 def _about_memory(config: Config, prints: Mapping[str, Footprint]) -> Iterator[str]:
-    needed = max(found.total for found in prints.values()) * config.simulation.actors
+    largest = max(prints.values(), key=lambda found: found.total)
+    # The coordinator has a model of its own, and so has every process of the comparison, beside its institution's.
+    needed = largest.total * config.simulation.actors + largest.weights
+    if config.compare.enabled:
+        needed = max(needed, (largest.total + largest.weights) * config.simulation.actors)
     if needed > memory_of(config):
         yield (
             f"training needs about {_size(needed)} in {config.simulation.actors} processes, and the memory has"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -62,7 +63,7 @@ def simulate(
             client_app=build_client_app(institution_of or VirtualInstitutions.of(config, directory.root)),
             num_supernodes=len(config.data.names),
             backend_config={
-                "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
+                "client_resources": {"num_cpus": threads, "num_gpus": _gpu_share(config)},
                 "init_args": {
                     "num_cpus": config.simulation.actors * threads,
                     "include_dashboard": False,
@@ -74,6 +75,14 @@ def simulate(
         raise KeyboardInterrupt
     if failure:
         raise failure[0]
+
+
+def _gpu_share(config: Config) -> float:
+    """The share of one GPU that each actor has, such that all actors find a place: Ray gives nobody parts of two."""
+    import torch
+
+    there = 0 if config.model.device == "cpu" else torch.cuda.device_count()
+    return 1.0 / math.ceil(config.simulation.actors / there) if there else 0.0
 
 
 @contextmanager

@@ -185,10 +185,10 @@ def _number_size(config: Config) -> int:
     """Bytes of a number of the base model, as `common.models` would load it."""
     import torch
 
-    if config.model.dtype == "auto":
-        on_cuda = config.model.device != "cpu" and torch.cuda.is_available()
-        return _HALF if on_cuda and torch.cuda.is_bf16_supported() else _SINGLE
-    return _HALF if config.model.dtype == "bfloat16" else _SINGLE
+    from common.models import dtype_of
+
+    on_cuda = config.model.device != "cpu" and torch.cuda.is_available()
+    return int(dtype_of(config.model, torch.device("cuda" if on_cuda else "cpu")).itemsize)
 
 
 def _longest_row(config: Config, examples: Sequence[Example]) -> tuple[int, int]:

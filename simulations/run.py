@@ -20,7 +20,7 @@ from common.config import POOLED, Config
 from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
-from server import checkpoints, report
+from server import checkpoints, report, tracking
 from server.coordinator import Bench, Observer, Outcome, coordinate
 from server.flower import FlowerMembers
 from server.rounds import Progress as RunProgress
@@ -74,6 +74,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
         f"[bold]{config.name}[/]: {len(config.data.names)} institutions, {config.federation.rounds} rounds of "
         f"{config.federation.method}, base model {escape(config.model.path)}; results in {escape(str(directory.root))}"
     )
+    tracking.require(config.tracking)
     bench = Bench.of(config)
     outcome = _federate(config, directory, bench, console)
     federated_at = time.perf_counter()

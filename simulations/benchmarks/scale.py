@@ -116,7 +116,10 @@ def scale(clients: Sequence[int], rounds: int, actors: int, console: Console) ->
     return {
         "seconds_per_round": {str(m.clients): round(m.seconds_per_round, 3) for m in waved},
         f"coordinator_rss_{last.clients}_to_{first.clients}": round(last.coordinator_peak / first.coordinator_peak, 3),
-        "coordinator_rss_without_waves_to_with": round(at_once.coordinator_peak / last.coordinator_peak, 3),
+        "all_at_once": {
+            "seconds_per_round": round(at_once.seconds_per_round, 3),
+            "coordinator_rss_to_waves": round(at_once.coordinator_peak / last.coordinator_peak, 3),
+        },
         "model_loads_per_actor": max(count for m in found for count in m.loads),
         "sizes": [asdict(m) for m in found],
     }

@@ -2,11 +2,14 @@
 
 Every arm is a process of its own that loads the same base model and the same adapter; they take turns, so that a noisy
 machine is noisy for all. All have the same records in the same batches, type, threads, AdamW, schedule and clipping, no
-dropout and no checkpointing; no arm evaluates, logs or saves. Timed is the call that trains, without loading.
+dropout and no checkpointing; no arm evaluates, logs or saves. Timed is the call that trains (`train`, `Trainer.train`),
+and neither loading nor setting up. That all train the same is checked: the adapters that come out are compared.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import math
 import os
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -78,12 +82,23 @@ class Timing:
     peak_bytes: int
 
 
+Factors = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A training pass that is ready to begin. run: what is timed. factors: the adapter afterwards."""
+
+    run: Callable[[], object]
+    factors: Callable[[], Factors]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: `prepare` loads, and gives the call that trains once, from the start, over all batches."""
+    """One way to train. ready: everything up to training, from a model as it was loaded, each time anew."""
 
     title: str
-    prepare: Callable[[Shape, Path, Sequence[Example]], Callable[[], None]]
+    ready: Callable[[Shape, Path, Sequence[Example]], Pass]
 
 
 def examples(shape: Shape, records: int) -> tuple[Example, ...]:
@@ -134,20 +149,20 @@ def batches(records: Sequence[Example]) -> list[list[Example]]:
     return [[records[i] for i in stream[k : k + TRAIN.batch_size]] for k in range(0, len(stream), TRAIN.batch_size)]
 
 
-def _ours(shape: Shape, directory: Path, records: Sequence[Example]) -> Callable[[], None]:
+def _ours(shape: Shape, directory: Path, records: Sequence[Example]) -> Pass:
     """The function that the ClientApp calls."""
     from client.state import LocalState
-    from client.training import Assignment, train
+    from client.training import Assignment, Trained, train
     from common.models import load, load_adapter
 
     model = load(shape.model(directory), shape.lora(), SEED)
     start = load_adapter(directory / "start")
     assignment = Assignment(1, 1, tuple(start.factors), SEED, NAME)
-
-    def once() -> None:
-        train(model, records, start, LocalState(), TRAIN, assignment)
-
-    return once
+    done: list[Trained] = []
+    return Pass(
+        lambda: done.append(train(model, records, start, LocalState(), TRAIN, assignment)),
+        lambda: dict(done[-1].adapter.factors),
+    )
 
 
 def _stock(shape: Shape, directory: Path) -> Any:
@@ -161,12 +176,6 @@ def _stock(shape: Shape, directory: Path) -> Any:
     )
     base.config.use_cache = False
     return PeftModel.from_pretrained(base, directory / "start", is_trainable=True)
-
-
-def _reset(model: Any, directory: Path) -> None:
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(directory / "start"), device="cpu"))
 
 
 def _rows(records: Sequence[Example]) -> list[dict[str, list[int]]]:
@@ -212,24 +221,29 @@ def _arguments(shape: Shape, directory: Path) -> dict[str, Any]:
     }
 
 
-def _hf(shape: Shape, directory: Path, records: Sequence[Example]) -> Callable[[], None]:
-    """Transformers' Trainer over PEFT's model, batches padded to their longest record."""
+def _hf(shape: Shape, directory: Path, records: Sequence[Example]) -> Pass:
+    """The Trainer of transformers over PEFT's model, batches padded to their longest record."""
     from transformers import Trainer, TrainingArguments
 
     model = _stock(shape, directory)
     rows = _rows(records)
+    steps = math.ceil(len(rows) / TRAIN.batch_size)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**_arguments(shape, directory)),
+        train_dataset=rows,
+        data_collator=_padded,
+        optimizers=_optimizers(model, steps),
+    )
+    return Pass(trainer.train, lambda: _factors(trainer, model, steps))
 
-    def once() -> None:
-        _reset(model, directory)
-        Trainer(
-            model=model,
-            args=TrainingArguments(**_arguments(shape, directory)),
-            train_dataset=rows,
-            data_collator=_padded,
-            optimizers=_optimizers(model, math.ceil(len(rows) / TRAIN.batch_size)),
-        ).train()
 
-    return once
+def _factors(trainer: Any, model: Any, steps: int) -> Factors:
+    from peft import get_peft_model_state_dict
+
+    if trainer.state.global_step != steps:
+        raise RunStopped(f"expected {steps} steps, found {trainer.state.global_step}")
+    return {key: tensor.float().numpy() for key, tensor in get_peft_model_state_dict(model).items()}
 
 
 def _padded(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
@@ -245,40 +259,37 @@ def _padded(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
     }
 
 
-def _trl(
-    padding_free: bool,
-) -> Callable[[Shape, Path, Sequence[Example]], Callable[[], None]]:
-    """TRL's SFTTrainer, padded as it is by default, or with each batch flattened to one row with positions."""
+def _trl(padding_free: bool) -> Callable[[Shape, Path, Sequence[Example]], Pass]:
+    """TRL's SFTTrainer, padded as it is by default, or with each batch flattened to one row with positions.
 
-    def prepare(shape: Shape, directory: Path, records: Sequence[Example]) -> Callable[[], None]:
+    It computes entropy and accuracy of tokens at every step, which cannot be switched off.
+    """
+
+    def ready(shape: Shape, directory: Path, records: Sequence[Example]) -> Pass:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         from common.models import load_tokenizer
 
         model = _stock(shape, directory)
-        tokenizer = load_tokenizer(str(directory))
         rows = Dataset.from_list(_rows(records))
+        steps = math.ceil(len(rows) / TRAIN.batch_size)
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                **_arguments(shape, directory),
+                max_length=None,
+                packing=False,
+                padding_free=padding_free,
+                dataset_kwargs={"skip_prepare_dataset": True},
+            ),
+            train_dataset=rows,
+            processing_class=load_tokenizer(str(directory)),
+            optimizers=_optimizers(model, steps),
+        )
+        return Pass(trainer.train, lambda: _factors(trainer, model, steps))
 
-        def once() -> None:
-            _reset(model, directory)
-            SFTTrainer(
-                model=model,
-                args=SFTConfig(
-                    **_arguments(shape, directory),
-                    max_length=None,
-                    packing=False,
-                    padding_free=padding_free,
-                    dataset_kwargs={"skip_prepare_dataset": True},
-                ),
-                train_dataset=rows,
-                processing_class=tokenizer,
-                optimizers=_optimizers(model, math.ceil(len(rows) / TRAIN.batch_size)),
-            ).train()
-
-        return once
-
-    return prepare
+    return ready
 
 
 ARMS = {
@@ -376,6 +387,8 @@ def _shape(shape: Shape, records: int, repeats: int, threads: int, console: Cons
                 timing = worker.ask("time")
                 if turn:  # the first turn warms up
                     timings[name].append(timing)
+        factors: dict[str, Factors] = {name: worker.ask("factors") for name, worker in workers.items()}
+        start = workers["silotune"].ask("start")
         ours, theirs = workers["silotune"].ask("our_losses"), workers["hf"].ask("padded_losses")
     difference = float(np.abs(np.subtract(ours, theirs)).max())
     speed = {name: tokens / statistics.median(t.seconds for t in taken) for name, taken in timings.items()}
@@ -384,6 +397,7 @@ def _shape(shape: Shape, records: int, repeats: int, threads: int, console: Cons
             "title": ARMS[name].title,
             "tokens_per_second": speed[name],
             "seconds": [round(t.seconds, 3) for t in taken],
+            "adapter_difference": _difference(factors[name], factors["silotune"], start),
             "peak_mib": round(statistics.median(t.peak_bytes for t in taken) / 2**20, 1),
         }
         for name, taken in timings.items()
@@ -403,13 +417,25 @@ def _shape(shape: Shape, records: int, repeats: int, threads: int, console: Cons
     return result
 
 
+def _difference(found: Factors, ours: Factors, start: Factors) -> float:
+    """How far apart two adapters ended, relative to how far ours moved (Euclidean)."""
+    apart = math.sqrt(sum(float(np.square(found[key] - ours[key]).sum()) for key in ours))
+    return apart / math.sqrt(sum(float(np.square(ours[key] - start[key]).sum()) for key in ours))
+
+
 def _table(result: Mapping[str, Any]) -> Table:
     table = Table(caption=f"loss curve against the padded loop: at most {result['loss_max_abs_diff']:.1e} apart")
-    for column in ("", "real tokens/s", "of HF", "peak above model, MiB"):
+    for column in ("", "real tokens/s", "of HF", "peak above model, MiB", "adapter from ours"):
         table.add_column(column, justify="right" if column else "left")
     for arm in result["arms"].values():
         ratio = arm["tokens_per_second"] / result["arms"]["hf"]["tokens_per_second"]
-        table.add_row(arm["title"], f"{arm['tokens_per_second']:.0f}", f"{ratio:.2f}", f"{arm['peak_mib']:.0f}")
+        table.add_row(
+            arm["title"],
+            f"{arm['tokens_per_second']:.0f}",
+            f"{ratio:.2f}",
+            f"{arm['peak_mib']:.0f}",
+            f"{arm['adapter_difference']:.1e}",
+        )
     return table
 
 
@@ -451,19 +477,23 @@ def _serve(pipe: Connection, arm: str, shape: Shape, directory: Path, records: S
     warnings.simplefilter("ignore")
     import torch
 
-    from common.models import quiet_transformers
+    from common.models import load_adapter, quiet_transformers
 
     torch.set_num_threads(threads)
     quiet_transformers()
-    once: Callable[[], None] | None = None
+    ready: Pass | None = None
     while True:
         request = pipe.recv()
         try:
-            if once is None:
-                once = ARMS[arm].prepare(shape, directory, records)
             answer: Any = None
             if request == "time":
-                answer = _timed(once)
+                ready = None  # the model of the pass before
+                ready = ARMS[arm].ready(shape, directory, records)
+                answer = _timed(ready.run)
+            elif request == "factors" and ready is not None:
+                answer = ready.factors()
+            elif request == "start":
+                answer = dict(load_adapter(directory / "start").factors)
             elif request == "our_losses":
                 answer = our_losses(shape, directory, records)
             elif request == "padded_losses":
@@ -473,11 +503,13 @@ def _serve(pipe: Connection, arm: str, shape: Shape, directory: Path, records: S
             pipe.send((True, traceback.format_exc()))
 
 
-def _timed(once: Callable[[], None]) -> Timing:
+def _timed(run: Callable[[], object]) -> Timing:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what passes before have left in the allocator is not this one's baseline
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of this call
     began = time.perf_counter()
-    once()
+    run()
     return Timing(time.perf_counter() - began, _resident("VmHWM") - before)
 
 

@@ -483,3 +483,16 @@ def test_the_digest_tells_configurations_apart_and_not_their_sources() -> None:
     )
     assert digest(hospitals) != digest(load("hospitals", ["seed=99"]))
     assert digest(hospitals) != digest(load("hospitals", ["compare.local.batch_size=99"]))
+
+
+def test_where_curves_go_is_not_part_of_the_digest_so_that_a_run_outlives_its_service() -> None:
+    hospitals = load("hospitals")
+    assert digest(load("hospitals", ["tracking.mlflow=sqlite:///m.db", "tracking.tensorboard=false"])) == digest(
+        hospitals
+    )
+
+
+def test_a_password_does_not_belong_into_a_configuration() -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
+        load("hospitals", ["tracking.mlflow=https://me:secret@host/path"])
+    assert load("hospitals", ["tracking.mlflow=https://host/a@b"]).tracking.mlflow == "https://host/a@b"

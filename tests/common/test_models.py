@@ -575,6 +575,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "gemma-2": ("Gemma2Config", {**SMALL, "head_dim": 8}, False),
     "gpt-oss": ("GptOssConfig", {**SMALL, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, False),
     "falcon": ("FalconConfig", OLD, False),
+    # Its positions follow the longest document of a row: one document a row.
+    "phi-3-long": (
+        "Phi3Config",
+        {
+            **SMALL,
+            "original_max_position_embeddings": 10,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 10,
+            },
+        },
+        False,
+    ),
     "bloom": ("BloomConfig", {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4}, False),
 }
 

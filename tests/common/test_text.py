@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,3 +49,25 @@ def test_packs_keep_order_and_fill_rows_up_to_the_limit(found: list[Example], mo
     assert all(sum(row.lengths) <= most or len(row.lengths) == 1 for row in rows)
     for row, after in pairwise(rows):
         assert sum(row.lengths) + after.lengths[0] > most  # else the next document would have fitted
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(2, 120))
+def test_padded_rows_count_what_is_filled_up(lengths: list[int], most: int) -> None:
+    examples = [Example(tuple(range(length)), 1, "text", "") for length in lengths]
+    rows = list(packs(examples, most, padded=True))
+    assert [length for row in rows for length in row.lengths] == lengths
+    for row in rows:
+        assert len(row.lengths) == 1 or max(row.lengths) * len(row.lengths) <= most
+
+
+def test_documents_of_a_pack_are_the_packs_of_its_documents() -> None:
+    examples = [
+        Example((5, 6, 7, 8), 2, "text", ""),
+        Example((9, 10, 11), 1, "text", ""),
+        Example((12, 13), 1, "t", ""),
+    ]
+    for found, example in zip(pack(examples).documents(), examples, strict=True):
+        alone = pack([example])
+        assert found.lengths == alone.lengths
+        for name in ("ids", "positions", "predict", "targets"):
+            assert torch.equal(getattr(found, name), getattr(alone, name))

@@ -213,7 +213,7 @@ def test_a_person_in_two_sets_of_a_directory(own: Callable[..., list[str]], tmp_
 def test_kinds_that_nobody_will_be_asked(own: Callable[..., list[str]]) -> None:
     result = check(*own(plain, "evaluation.exact=[coding]"))
     assert "no test record of the coordinator is of the kind coding" in told(result)
-    assert "there are text" in told(result)
+    assert "the records have 1 other kinds" in told(result)
 
 
 def test_a_model_that_leaves_no_room_is_not_tried(

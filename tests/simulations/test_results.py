@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from common.config import ArmConfig
-from common.config_files import load
+from common.config_files import configs_dir, load
 from simulations.tune import ARMS, KEYS
 
 RESULTS = Path(__file__).resolve().parents[2] / "simulations" / "results"
@@ -42,6 +43,29 @@ def test_every_arm_was_searched_over_the_grid_of_the_configuration(name: str) ->
     grid = {(size, rate) for size in config.tune.batch_sizes for rate in config.tune.learning_rates}
     for arm in ARMS:
         assert {(t["batch_size"], t["learning_rate"]) for t in search["trials"] if t["arm"] == arm} == grid
+
+
+def main_job() -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / "main-job.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quoted_results_are_those_of_the_shipped_configuration(name: str) -> None:
+    assert main_job()["configurations"][name] == yaml.safe_load((configs_dir() / f"{name}.yaml").read_text())
+
+
+def test_quoted_results_are_those_that_were_measured() -> None:
+    readme, results = (file.read_text() for file in (RESULTS.parents[1] / "README.md", RESULTS / "README.md"))
+    for run in main_job()["runs"]:
+        arms = [run[arm] for arm in ("base", "local_best", "federated", "pooled")]
+        cells = [f"{arm['perplexity']:.2f} ({arm['accuracy'] * 100:.0f} %)" for arm in arms]
+        home = f"{run['gained']} of {run['institutions']}"
+        row = [f"{run['name']}, {run['seed']}", *cells, f"{run['gap_closed']:.2f}", home, f"{run['seconds_total']:.0f}"]
+        assert f"| {' | '.join(row)} |" in results
+        if run["seed"] == 1:
+            cells = [f"{arm['perplexity']:.2f}, {arm['accuracy'] * 100:.0f} %" for arm in arms]
+            assert f"| {' | '.join([*cells, format(run['gap_closed'], '.2f')])} |" in readme
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ def test_each_actor_loads_the_base_model_once_and_every_promised_number_is_there
     assert set(found["seconds_per_round"]) == {"6"}
     assert all(seconds > 0 for seconds in found["seconds_per_round"].values())
     assert found["coordinator_rss_6_to_6"] == 1.0
-    assert 0.8 < found["coordinator_rss_without_waves_to_with"] < 1.25
+    assert found["all_at_once"]["seconds_per_round"] > 0
+    assert 0.8 < found["all_at_once"]["coordinator_rss_to_waves"] < 1.25
     assert len({size["adapter_bytes"] for size in found["sizes"]}) == 1
     for size in found["sizes"]:
         assert 0 < size["coordinator_before"] <= size["coordinator_peak"]

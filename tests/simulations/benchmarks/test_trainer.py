@@ -33,7 +33,7 @@ def test_every_arm_is_timed_on_the_same_records(result: dict[str, Any]) -> None:
     assert set(shape["arms"]) == {"silotune", "hf", "trl", "trl_padding_free"}
     for arm in shape["arms"].values():
         assert arm["tokens_per_second"] == pytest.approx(shape["tokens"] / arm["seconds"][0], rel=0.01)
-        assert arm["peak_mib"] >= 0
+        assert arm["peak_mib"] > 0.5  # AdamW's moments of 8 x 16 x 128 numbers, and a row's activations
     assert shape["padded_tokens"] > shape["tokens"]
 
 
@@ -41,6 +41,13 @@ def test_speedups_are_ratios_of_tokens_per_second(result: dict[str, Any]) -> Non
     speed = {name: arm["tokens_per_second"] for name, arm in result["shapes"]["tiny"]["arms"].items()}
     assert result["speedup_vs_hf"] == pytest.approx(speed["silotune"] / speed["hf"])
     assert result["speedup_vs_trl"] == pytest.approx(speed["silotune"] / speed["trl"])
+
+
+def test_every_arm_trains_the_same_adapter(result: dict[str, Any]) -> None:
+    arms = result["shapes"]["tiny"]["arms"]
+    assert arms["silotune"]["adapter_difference"] == 0
+    # Sums in another order; a record in another batch, or another rate, moves an adapter by more than a tenth.
+    assert all(arm["adapter_difference"] < 1e-3 for arm in arms.values())
 
 
 def test_our_loss_curve_is_the_padded_loops(result: dict[str, Any]) -> None:
