@@ -32,6 +32,7 @@ COMMANDS = [
     ("simulations", ["pretrain"]),
     ("simulations", ["bench"]),
     ("simulations", ["bench", "scale"]),
+    ("simulations", ["bench", "trainer"]),
     ("server", []),
     ("server", ["report"]),
     ("client", []),
