@@ -36,7 +36,7 @@ check: setup ## lint and types only
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-slow: setup ## the slow tests: six whole federations, half an hour
+slow: setup ## the slow tests: six whole federations and the guide's examples, half an hour
 	$(BIN)/pytest -m slow
 
 format: setup ## format the code and mend what ruff can mend
