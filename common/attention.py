@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from common.errors import ModelError
+
 NAME = "silotune_documents"
 _ADDITIONS = ("softcap", "s_aux", "position_bias", "head_mask")
 
@@ -36,10 +38,10 @@ def document_attention(
     document_lengths: tokens of each document, in order; they sum to s. sliding_window: a token sees at most so many
     places, its own included (Beltagy et al. 2020, as Mistral has it). Returns [1, s, heads, head_dim].
 
-    Raises NotImplementedError for what some architectures add to attention and SDPA leaves out in silence.
+    Raises ModelError for what some architectures add to attention and SDPA leaves out in silence.
     """
     if more := [name for name in _ADDITIONS if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {more[0]}")
+        raise ModelError(f"attention with {more[0]} is not what packed rows compute")
     if document_lengths is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

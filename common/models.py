@@ -347,7 +347,7 @@ def _keeps_documents_apart(model: LoraModel, weights: str) -> bool:
                 ]
         except torch.cuda.OutOfMemoryError as error:
             raise ModelError(f"the model does not fit this device's memory: {error}") from error
-        except (TypeError, IndexError, RuntimeError, ValueError):
+        except (TypeError, IndexError, RuntimeError, ValueError, ModelError):
             return False
         finally:
             base.set_attn_implementation(ours)

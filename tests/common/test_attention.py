@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from common.attention import document_attention
+from common.errors import ModelError
 from common.models import LoraModel
 from common.text import Example, Pack, pack
 
@@ -183,5 +184,5 @@ def test_a_sliding_window_ends_at_the_documents_beginning(window: int) -> None:
 @pytest.mark.parametrize("addition", ["softcap", "s_aux"])
 def test_what_would_be_left_out_in_silence_is_refused(addition: str) -> None:
     states = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(NotImplementedError, match=addition):
+    with pytest.raises(ModelError, match=addition):
         document_attention(torch.nn.Module(), states, states, states, None, **{addition: 50.0})
