@@ -211,9 +211,10 @@ def test_a_person_in_two_sets_of_a_directory(own: Callable[..., list[str]], tmp_
 
 
 def test_kinds_that_nobody_will_be_asked(own: Callable[..., list[str]]) -> None:
-    result = check(*own(plain, "evaluation.exact=[coding]"))
-    assert "no test record of the coordinator is of the kind coding" in told(result)
-    assert "the records have 1 other kinds" in told(result)
+    (warning,) = json.loads(check(*own(plain, "evaluation.exact=[coding]"), "--json").stdout)["warnings"]
+    assert "no test record of the coordinator is of the kind coding" in warning
+    assert "the records have 1 other kinds" in warning
+    assert "text" not in warning  # a kind is a cell of the records, and this may be passed on
 
 
 def test_a_model_that_leaves_no_room_is_not_tried(
@@ -224,6 +225,21 @@ def test_a_model_that_leaves_no_room_is_not_tried(
     assert found["model_loaded"] is False
     assert any("was not loaded to try it" in warning for warning in found["warnings"])
     assert any("lower simulation.actors" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("compare", [True, False])
+def test_memory_counts_every_model_that_a_run_holds(
+    own: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, compare: bool
+) -> None:
+    arguments = own(plain, f"compare.enabled={str(compare).lower()}", "simulation.actors=2")
+    found = json.loads(check(*arguments, "--json").stdout)["memory_bytes"].values()
+    parts = ("weights", "adapter", "activations", "logits")
+    total, weights = max((sum(one[part] for part in parts), one["weights"]) for one in found)
+    needed = 2 * (total + weights) if compare else 2 * total + weights
+    for room in (needed, needed - 1):
+        monkeypatch.setattr(module, "memory_of", lambda config, room=room: room)
+        warnings = json.loads(check(*arguments, "--json").stdout)["warnings"]
+        assert any("lower simulation.actors" in warning for warning in warnings) == (room < needed)
 
 
 # --- What it refuses
