@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from simulations.benchmarks.trainer import SHAPES, TRAIN, batches, examples
+from simulations.benchmarks.arms import SHAPES, TRAIN, batches, examples
 
 
 @pytest.fixture(scope="module")
