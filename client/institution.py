@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from client.secure import SecureMember
 from client.state import StateStore
 from client.training import Assignment, Trained, train
 from common import fixed_point
-from common.adapter import Adapter, check_same_form
+from common.adapter import Adapter, check_same_form, flatten
 from common.base_model import Fingerprint, fingerprint
 from common.config import LoraConfig, ModelConfig, TrainConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal
@@ -54,6 +55,7 @@ from common.methods import METHODS
 from common.models import LoraModel, load, load_tokenizer
 from common.randomness import seeded
 from common.records import read_jsonl
+from common.secagg.reasons import ATTEMPT_UNKNOWN, ROSTER_DIFFERS
 from common.text import Example
 
 _MODEL_IN_USE = threading.Lock()  # one model a process, so one contribution at a time
@@ -79,13 +81,15 @@ class Institution:
     """One institution's name and places.
 
     data: directory with train.jsonl and validation.jsonl. home: its own directory for state and private results.
-    model: where it keeps the base model. spoil: what a simulated fault does to its training (None in real life).
+    model: where it keeps the base model. secure: its part in secure aggregation; without one it takes part in the
+    clear, with one never. spoil: what a simulated fault does to its training (None in real life).
     """
 
     name: str
     data: Path
     home: Path
     model: ModelConfig
+    secure: SecureMember | None = None
     spoil: Callable[[Trained, Plan], Trained] | None = None
 
     @property
@@ -101,8 +105,12 @@ class Institution:
         try:
             if isinstance(request, Hello):
                 return self._introduce(request)
-            with _MODEL_IN_USE:
-                return self._contribute(request)
+            if isinstance(request, TrainRequest):
+                with _MODEL_IN_USE:
+                    return self._contribute(request)
+            if self.secure is None:
+                raise Refusal(ATTEMPT_UNKNOWN, "this institution has no part in secure aggregation")
+            return self.secure.answer(request)
         except Refusal as refusal:
             self.log.warning("%s refused: %s", self.name, refusal)
             return Refused(refusal.reason, self.name)
@@ -145,13 +153,25 @@ class Institution:
         # A round's number names a file: a false one would stand in the way of the rounds to come.
         if type(plan.round) is not int or not 1 <= plan.round <= settings.rounds:
             raise Refusal(MALFORMED, f"round {plan.round!r} of {settings.rounds!r}")
-        store = StateStore(self.run_directory(plan.run) / "state")
-        method = METHODS[settings.method]
         model = _shared_model(self.model, json.dumps(asdict(settings.lora)))
         try:
             check_same_form(start, model.read())
         except ModelError as error:
             raise Refusal(ADAPTER_DOES_NOT_FIT, str(error)) from error
+        if self.secure is not None:
+            trained = METHODS[settings.method].trained(start)
+            parameters = len(flatten(start.factors, trained))
+            return self.secure.begin(plan, parameters, lambda: self._train(plan, start, model))
+        if plan.secure is not None:
+            raise Refusal(ROSTER_DIFFERS, "this institution is on no roster for secure aggregation")
+        vector = self._train(plan, start, model)
+        return Contribution(plan.digest(), fixed_point.pack(vector, plan.layout.ring_bits))
+
+    def _train(self, plan: Plan, start: Adapter, model: LoraModel) -> fixed_point.Ring:
+        """This institution's vector for a round, in the clear: it leaves in a Contribution or under masks."""
+        settings = plan.settings
+        store = StateStore(self.run_directory(plan.run) / "state")
+        method = METHODS[settings.method]
         examples = self._load("train", settings.train)
         scores = Scores()
         if settings.evaluate:
@@ -166,7 +186,7 @@ class Institution:
         if usable:
             store.save(plan.round, trained.state)
         self._remember(plan, trained, scores, usable)
-        return Contribution(plan.digest(), vector)
+        return vector
 
     def run_directory(self, run: str) -> Path:
         """Where this institution keeps what it did in a run.
@@ -201,6 +221,13 @@ class Institution:
         weight = 1
         if settings.weighting == "records":
             weight = fixed_point.weight_of(records, settings.weight_unit, layout)
+            if weight == layout.max_weight and records > weight * settings.weight_unit:
+                self.log.warning(
+                    "%s: %d records weigh as %d only; a larger federation.weight_unit would count them all",
+                    self.name,
+                    records,
+                    weight * settings.weight_unit,
+                )
         counters = {
             "train_loss": round(trained.loss * NATS),
             "train_tokens": trained.tokens,

@@ -11,19 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from common import methods
 from common.config import COORDINATOR, POOLED, ColumnsConfig, InstitutionConfig
 from common.fixed_point import RING_BITS, member_bits
-from common.methods import METHODS
+from common.secagg.terms import smallest_cohort
 
 GENERATORS = ("hospitals", "banks")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one field allows, in words for the user and as a test on a value that has the field's type."""
+    """What one field allows, in words for the user and as a test on a value that has the field's type.
+
+    why: more about a value that is not allowed, where there is more to say of it.
+    """
 
     allowed: str
     holds: Callable[[Any], bool]
+    why: Callable[[Any], str] = lambda value: ""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,12 @@ _SHARE_NOT_ZERO = Rule("a number above 0, at most 1", lambda value: 0 < value <=
 _SHARE_NOT_ONE = Rule("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
 
 
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+
+
 def _one_of(*names: str) -> Rule:
-    return Rule(f"{', '.join(names[:-1])} or {names[-1]}", lambda value: value in names)
+    return Rule(_either(names), lambda value: value in names)
 
 
 def _distinct(names: Sequence[str], pattern: str) -> bool:
@@ -135,17 +144,22 @@ RULES: dict[str, Rule] = {
     "train.row_tokens": _whole(2),
     "train.checkpointing": _TRUTH,
     "federation.rounds": _whole(1),
-    "federation.method": _one_of(*METHODS),
+    "federation.method": Rule(_either(tuple(methods.METHODS)), lambda name: name in methods.METHODS, methods.why_not),
     "federation.weighting": _one_of("records", "uniform"),
     "federation.weight_unit": _whole(1),
     "federation.fraction": _SHARE_NOT_ZERO,
-    "federation.min_cohort": _whole(2),  # The sum over one institution is that institution's update.
+    # The sum over one institution is that institution's update; with secure aggregation, the sum over two is as good.
+    "federation.min_cohort": _whole(2),
     "federation.timeout_s": _POSITIVE,
     "federation.server_optimizer.name": _one_of("fedavg", "fedavgm", "fedadam"),
     "federation.server_optimizer.learning_rate": _POSITIVE,
     "federation.server_optimizer.momentum": _SHARE_NOT_ONE,
     "federation.server_optimizer.beta2": _SHARE_NOT_ONE,
     "federation.server_optimizer.epsilon": _POSITIVE,
+    "secure_aggregation.enabled": _TRUTH,
+    "secure_aggregation.colluders": _whole(1),
+    "secure_aggregation.repeats": _whole(0),
+    "secure_aggregation.timeout_s": _POSITIVE,
     "quantise.clip": _POSITIVE,
     "quantise.bits": _whole(2, RING_BITS - 2),
     "quantise.weight_bits": _whole(1, RING_BITS - 3),
@@ -176,15 +190,31 @@ RULES: dict[str, Rule] = {
     "simulation.actors": _whole(1),
     "simulation.threads": _whole(1),
     "simulation.faults": Rule(
-        "INSTITUTION:FAULT with a fault of nan or raise",
-        lambda entries: _distinct(entries, rf"{_NAME}:(nan|raise)"),
+        "INSTITUTION:FAULT with a fault of nan, raise or silent",
+        lambda entries: _distinct(entries, rf"{_NAME}:(nan|raise|silent)"),
     ),
 }
 
 
-def _sum_bits(bits: int, weight_bits: int, institutions: Sequence[str]) -> int:
-    """Bits that hold the sum of one weighted element over all institutions."""
-    return bits + weight_bits + member_bits(len(institutions))
+def _sum_bits(bits: int, weight_bits: int, institutions: int) -> int:
+    """Bits that hold the sum of one weighted element over so many institutions."""
+    return bits + weight_bits + member_bits(institutions)
+
+
+_UNSAFE = "with which the coordinator can read every update"
+
+
+def _fewest(least: int, enabled: bool, colluders: int) -> int:
+    """The fewest institutions that a sum may cover."""
+    return max(least, smallest_cohort(colluders)) if enabled else least
+
+
+def _since(colluders: int) -> str:
+    """Why a sum covers no fewer."""
+    whom = "one institution" if colluders == 1 else f"{colluders} institutions that collude"
+    return (
+        f" with secure_aggregation.colluders = {colluders}, since the sum over fewer would tell {whom} another's update"
+    )
 
 
 def _have_files(institutions: Sequence[InstitutionConfig]) -> bool:
@@ -238,8 +268,36 @@ AGREEMENTS: tuple[Agreement, ...] = (
         ),
     ),
     Agreement(
+        ("federation.method", "secure_aggregation.enabled"),
+        lambda method, enabled: not enabled or methods.METHODS[method].linear,
+        lambda method, enabled: (
+            f"federation.method: found {short(method)}, which needs single updates, and secure aggregation hides them;"
+            f" allowed: {_either([name for name, known in methods.METHODS.items() if known.linear])};"
+            f" or secure_aggregation.enabled=false, {_UNSAFE}"
+        ),
+    ),
+    Agreement(
+        ("federation.min_cohort", "secure_aggregation.enabled", "secure_aggregation.colluders"),
+        lambda least, enabled, colluders: least >= _fewest(2, enabled, colluders),
+        lambda least, enabled, colluders: (
+            f"federation.min_cohort: found {least}; allowed: at least {smallest_cohort(colluders)}{_since(colluders)};"
+            f" or secure_aggregation.enabled=false, {_UNSAFE}"
+        ),
+    ),
+    Agreement(
+        ("data.institutions", "federation.min_cohort", "secure_aggregation.enabled", "secure_aggregation.colluders"),
+        lambda names, least, enabled, colluders: len(names) >= _fewest(least, enabled, colluders),
+        lambda names, least, enabled, colluders: (
+            f"data.institutions: found {len(names)}; allowed: at least federation.min_cohort = {least} of them"
+            if len(names) < least and (not enabled or least > smallest_cohort(colluders))
+            else f"data.institutions: found {len(names)}; allowed: at least {smallest_cohort(colluders)} of them"
+            f"{_since(colluders)}; or secure_aggregation.enabled=false and a federation.min_cohort of 2, {_UNSAFE}"
+        ),
+    ),
+    Agreement(
         ("federation.fraction", "data.institutions", "federation.min_cohort"),
-        lambda fraction, names, least: fraction * len(names) >= least - 1e-9,  # 0.7 * 10 is just under 7
+        # Too few institutions at all have their own line above. 0.7 * 10 is just under 7.
+        lambda fraction, names, least: len(names) < least or fraction * len(names) >= least - 1e-9,
         lambda fraction, names, least: (
             f"federation.fraction: found {fraction:g}, which draws {fraction * len(names):g} of {len(names)}"
             f" institutions; allowed: at least federation.min_cohort = {least} of them"
@@ -247,11 +305,11 @@ AGREEMENTS: tuple[Agreement, ...] = (
     ),
     Agreement(
         ("quantise.bits", "quantise.weight_bits", "data.institutions"),
-        lambda bits, weight_bits, names: _sum_bits(bits, weight_bits, names) <= RING_BITS,
+        lambda bits, weight_bits, names: _sum_bits(bits, weight_bits, len(names)) <= RING_BITS,
         lambda bits, weight_bits, names: (
             f"quantise.bits: found {bits}, with quantise.weight_bits = {weight_bits} and {len(names)} institutions;"
-            f" allowed: at most {bits - _sum_bits(bits, weight_bits, names) + RING_BITS},"
-            f" since the weighted sum must fit a {RING_BITS}-bit ring:"
+            f" allowed: at most {bits - _sum_bits(bits, weight_bits, len(names)) + RING_BITS},"
+            f" since the weighted sum must fit a ring of at most {RING_BITS} bits:"
             f" bits + weight_bits + ceil(log2(institutions)) <= {RING_BITS}"
         ),
     ),
@@ -261,13 +319,18 @@ AGREEMENTS: tuple[Agreement, ...] = (
 def impossible(values: Mapping[str, Any]) -> list[str]:
     """One line for each value, and each set of values, that no run can mean."""
     broken = {key for key, value in values.items() if not RULES[key].holds(value)}
-    mistakes = [f"{key}: found {short(values[key])}; allowed: {RULES[key].allowed}" for key in values if key in broken]
+    mistakes = [_mistake(RULES[key], key, values[key]) for key in values if key in broken]
     for agreement in AGREEMENTS:
         if all(key in values and key not in broken for key in agreement.keys):
             arguments = [values[key] for key in agreement.keys]
             if not agreement.holds(*arguments):
                 mistakes.append(agreement.mistake(*arguments))
     return mistakes
+
+
+def _mistake(rule: Rule, key: str, value: object) -> str:
+    more = f" ({why})" if (why := rule.why(value)) else ""
+    return f"{key}: found {short(value)}; allowed: {rule.allowed}{more}"
 
 
 def short(value: object) -> str:

@@ -10,6 +10,7 @@ from common.wire import Wire
 
 HELLO = "query.hello"
 ROUND = "train.round"
+SECURE = "train.secure_aggregation"
 
 _TEXT, _ARRAYS = "message", "arrays"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from common.adapter import Adapter
@@ -16,8 +17,12 @@ from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
 from common.config_rules import RULES
 from common.errors import ConfigError
 from common.fixed_point import Layout, Ring
+from common.secagg import reasons as secagg_reasons
+from common.secagg.attempt import Attempt
+from common.secagg.messages import FromMember, ToMember
+from common.secagg.terms import Terms
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 # Reason codes: all that a coordinator ever learns of why an institution did not answer.
 PROTOCOL_DIFFERS = "protocol_differs"
@@ -43,6 +48,7 @@ REASONS = frozenset(
         MALFORMED,
         INTERNAL_ERROR,
         TIMED_OUT,
+        *secagg_reasons.REASONS,
     }
 )
 
@@ -65,6 +71,8 @@ def built(kind: type[T], values: dict[str, Any]) -> T:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):  # Terms | None
+        return any(_has_type(value, part) for part in get_args(kind))
     if origin := get_origin(kind):  # list[str], tuple[str, ...]
         return isinstance(value, origin) and all(_has_type(part, get_args(kind)[0]) for part in value)
     if isinstance(value, bool):
@@ -161,10 +169,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class SecurePlan:
+    """What a plan says of secure aggregation.
+
+    attempt: counts the attempts of the run, over all its rounds. roster: digest of the names and keys that the
+    coordinator holds. length, ring_bits: of the vectors; they follow from the rest, and are said so that a difference
+    shows before anything is computed.
+    """
+
+    attempt: int
+    roster: str
+    terms: Terms
+    length: int
+    ring_bits: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """One round as the coordinator announces it to every institution of its cohort.
 
-    adapter_digest: of the global adapter that travels with the plan. parameters: length of the update.
+    adapter_digest: of the global adapter that travels with the plan. parameters: length of the update. secure: None
+    where vectors travel in the clear.
     """
 
     run: str
@@ -174,12 +199,23 @@ class Plan:
     adapter_digest: str
     fingerprint: Fingerprint
     settings: Settings
+    secure: SecurePlan | None = None
 
     @property
     def layout(self) -> Layout:
         """The form of the vectors of this round. Raises ConfigError when their sum would not fit."""
         quantise = self.settings.quantise
-        return Layout(self.parameters, len(self.cohort), quantise.clip, quantise.bits, quantise.weight_bits)
+        members = self.secure.terms.members if self.secure else len(self.cohort)
+        return Layout(self.parameters, members, quantise.clip, quantise.bits, quantise.weight_bits)
+
+    @property
+    def attempt(self) -> Attempt:
+        """What everything in this attempt is bound to. Raises ConfigError when its terms cannot be met."""
+        if self.secure is None:
+            raise ConfigError("a plan without secure aggregation has no attempts")
+        return Attempt(
+            self.run, self.round, self.secure.attempt, self.digest(), self.cohort, self.secure.terms, self.layout
+        )
 
     def digest(self) -> str:
         """SHA-256 over every field."""
@@ -196,7 +232,7 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class Contribution:
-    """An institution's vector for one round. Without secure aggregation whoever holds it can read the update."""
+    """An institution's vector without secure aggregation, packed: whoever holds it can read the update."""
 
     plan_digest: str
     vector: Ring
@@ -214,5 +250,5 @@ class Refused:
     parts: tuple[str, ...] = ()
 
 
-Request = Hello | TrainRequest
-Reply = Introduction | Contribution | Refused
+Request = Hello | TrainRequest | ToMember
+Reply = Introduction | Contribution | FromMember | Refused

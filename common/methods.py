@@ -1,7 +1,8 @@
 """Aggregation methods: pairs of pure functions around a sum.
 
 `encode` runs at the institution, `decode` at the coordinator; between the two stands only a weighted sum, so whatever
-is written here is exact under secure aggregation. A method that needs to see single updates sets `linear = False`.
+is written here is exact under secure aggregation. A method that needs to see single updates sets `linear = False`, and
+is refused at configuration while secure aggregation is on.
 """
 
 from __future__ import annotations
@@ -75,9 +76,29 @@ class FFA(FedAvg):
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (FedAvg(), FFA())})
 
+NEEDS_SINGLE_UPDATES: Mapping[str, str] = MappingProxyType(
+    {
+        "flora": "FLoRA stacks the A and B of every institution (Wang et al. 2024)",
+        "fedex": "FedEx-LoRA needs every A_i and B_i for its residual (Singhal et al. 2025)",
+        "flexlora": "FlexLoRA decomposes a sum of the dense products of different ranks (Bai et al. 2024)",
+    }
+)
+"""Methods of the literature that Silotune has not, with what they take from single updates."""
+
+
+def why_not(name: str) -> str:
+    """Why there is no method of that name, and what to use instead; empty for a name that nobody knows."""
+    if name not in NEEDS_SINGLE_UPDATES:
+        return ""
+    return (
+        f"{NEEDS_SINGLE_UPDATES[name]}, so it works on single updates, which secure aggregation hides, and Silotune has"
+        " no such method; use fedavg, or ffa, whose average is exact"
+    )
+
 
 def method_named(name: str) -> Method:
     """The method of that name. Raises ConfigError that lists the names there are."""
     if name not in METHODS:
-        raise ConfigError(f"federation.method: expected one of {', '.join(METHODS)}, found {name!r}")
+        why = f": {found}" if (found := why_not(name)) else ""
+        raise ConfigError(f"federation.method: expected one of {', '.join(METHODS)}, found {name!r}{why}")
     return METHODS[name]

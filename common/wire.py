@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,13 @@ from common.messages import (
     Refused,
     Reply,
     Request,
+    SecurePlan,
     Settings,
     TrainRequest,
     built,
 )
+from common.secagg import messages as secagg
+from common.secagg.terms import Terms
 
 ARRAY = "array"
 
@@ -51,12 +55,19 @@ def to_wire(message: Request | Reply) -> Wire:
     match message:
         case TrainRequest(plan, adapter):
             shapes = {key: list(factor.shape) for key, factor in adapter.factors.items()}
-            fields = {"plan": {**asdict(plan), "settings": plan.settings.to_json()}, "shapes": shapes}
+            fields = {"plan": plan_fields(plan), "shapes": shapes}
             return Wire(kind, json.dumps(fields), {ARRAY: flatten(adapter.factors, adapter.factors)})
         case Contribution(plan_digest, vector):
             return Wire(kind, json.dumps({"plan_digest": plan_digest}), {ARRAY: vector})
+        case secagg.MaskedInput(plan, vector):
+            return Wire(kind, json.dumps({"plan": plan}), {ARRAY: vector})
         case _:
-            return Wire(kind, json.dumps(asdict(message)))
+            return Wire(kind, json.dumps(_plain(asdict(message))))
+
+
+def size(wire: Wire) -> int:
+    """Bytes that a message takes, transport aside."""
+    return len(wire.text) + sum(array.nbytes for array in wire.arrays.values())
 
 
 def from_wire(wire: Wire) -> Request | Reply:
@@ -81,12 +92,36 @@ def _read(kind: str, fields: dict[str, Any], arrays: Mapping[str, NDArray[Any]])
             shapes = {key: np.broadcast_to(np.float32(0), _shape(shape)) for key, shape in fields["shapes"].items()}
             if set(fields) != {"plan", "shapes"}:
                 raise ValueError("expected a plan and the shapes of an adapter")
-            plan = _plan(fields["plan"])
+            plan = read_plan(fields["plan"])
             return TrainRequest(plan, Adapter(unflatten(_vector(arrays, np.float32), shapes, shapes)))
         case "Contribution":
             if set(fields) != {"plan_digest"} or not isinstance(fields["plan_digest"], str):
                 raise ValueError("expected the digest of a plan")
             return Contribution(fields["plan_digest"], _vector(arrays, np.uint32))
+        case "MaskedInput":
+            masked = secagg.MaskedInput(fields["plan"], _vector(arrays, np.uint32))
+            return _about_a_plan(masked, fields, {"plan"})
+        case "Keys":
+            return _keys(fields)
+        case "KeyList":
+            keys = {_name(name): _keys(found) for name, found in fields["keys"].items()}
+            return _about_a_plan(secagg.KeyList(fields["plan"], keys), fields, {"plan", "keys"})
+        case "Shares":
+            return _about_a_plan(secagg.Shares(fields["plan"], _sealed(fields["sealed"])), fields, {"plan", "sealed"})
+        case "Inbox":
+            return _about_a_plan(secagg.Inbox(fields["plan"], _sealed(fields["sealed"])), fields, {"plan", "sealed"})
+        case "Survivors":
+            names = tuple(_name(name) for name in _tuple(fields["names"]))
+            return _about_a_plan(secagg.Survivors(fields["plan"], names), fields, {"plan", "names"})
+        case "Consent":
+            consent = secagg.Consent(fields["plan"], _bytes(fields["signature"]))
+            return _about_a_plan(consent, fields, {"plan", "signature"})
+        case "Consents":
+            signatures = {_name(name): _bytes(found) for name, found in fields["signatures"].items()}
+            return _about_a_plan(secagg.Consents(fields["plan"], signatures), fields, {"plan", "signatures"})
+        case "Revealed":
+            shares = {_name(name): _bytes(found) for name, found in fields["shares"].items()}
+            return _about_a_plan(secagg.Revealed(fields["plan"], shares), fields, {"plan", "shares"})
         case "Refused":
             refused = built(Refused, {**fields, "parts": _tuple(fields["parts"])})
             if refused.reason not in REASONS or not set(refused.parts) <= set(Fingerprint.PARTS):
@@ -102,14 +137,68 @@ def _with_fingerprint(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "fingerprint": built(Fingerprint, fields["fingerprint"])}
 
 
-def _plan(fields: dict[str, Any]) -> Plan:
+def plan_fields(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON can hold it; `read_plan` is its inverse."""
+    return {**asdict(plan), "settings": plan.settings.to_json()}
+
+
+def read_plan(fields: dict[str, Any]) -> Plan:
+    """Raises an error of its own kind for whatever `plan_fields` does not write; `from_wire` makes one of all."""
     settings = Settings.from_json(fields["settings"])
-    plan = built(Plan, {**_with_fingerprint(fields), "cohort": _tuple(fields["cohort"]), "settings": settings})
+    secure = fields["secure"]
+    if secure is not None:
+        secure = built(SecurePlan, {**secure, "terms": built(Terms, secure["terms"])})
+    plan = built(
+        Plan,
+        {**_with_fingerprint(fields), "cohort": _tuple(fields["cohort"]), "settings": settings, "secure": secure},
+    )
+    if secure is not None and secure.attempt < 1:
+        raise ValueError("attempts of a run count from 1")
     for name in (plan.run, *plan.cohort):
         _require_word(name)
     if plan.round < 1 or plan.parameters < 0 or len(set(plan.cohort)) < len(plan.cohort):
         raise ValueError("round, parameters or cohort of a plan cannot be meant")
     return plan
+
+
+T = TypeVar("T", bound=secagg.FromMember | secagg.ToMember)
+
+
+def _about_a_plan(message: T, fields: dict[str, Any], expected: set[str]) -> T:
+    """The message, if its fields are the expected ones and it names a plan."""
+    if set(fields) != expected or not isinstance(message.plan, str):
+        raise ValueError(f"expected {', '.join(sorted(expected))}")
+    return message
+
+
+def _keys(fields: dict[str, Any]) -> secagg.Keys:
+    parts = {key: _bytes(value) for key, value in fields.items() if key != "plan"}
+    return built(secagg.Keys, {**parts, "plan": fields["plan"]})
+
+
+def _sealed(found: dict[str, Any]) -> dict[str, secagg.Sealed]:
+    return {
+        _name(name): built(secagg.Sealed, {key: _bytes(value) for key, value in parts.items()})
+        for name, parts in found.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Bytes as base64, in dictionaries of any depth."""
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
+    return {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _bytes(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError(f"expected base64, found {type(text).__name__}")
+    return b64decode(text, validate=True)
+
+
+def _name(text: str) -> str:
+    _require_word(text)
+    return text
 
 
 def _tuple(found: Any) -> tuple[Any, ...]:

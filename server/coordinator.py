@@ -17,16 +17,20 @@ from common import config_files
 from common.adapter import Adapter
 from common.base_model import fingerprint
 from common.config import Config, TrainConfig
-from common.errors import RunStopped
+from common.errors import ConfigError, RunStopped
 from common.evaluation import Scores, evaluate
 from common.examples import examples_of
 from common.files import append_line, write_json, write_text
-from common.messages import NOT_INVITED, PROTOCOL, Hello, Introduction, Refused
+from common.messages import NOT_INVITED, PROTOCOL, Hello, Introduction, Plan, Refused
 from common.models import LoraModel, load, save_adapter
 from common.records import read_jsonl
+from common.secagg.identity import Roster
 from common.text import Example
 from server import checkpoints, tracking
-from server.rounds import Members, Progress, begin, finished, record_as_json, run_rounds
+from server.attempts import Attempts
+from server.collect import Clock, Collect, Collected, Members, OnReply, collect_in_clear
+from server.rounds import Progress, begin, finished, record_as_json, run_rounds
+from server.secure import collect_securely
 
 log = logging.getLogger("silotune.server")
 
@@ -92,14 +96,19 @@ def coordinate(
     members: Transport,
     observer: Observer,
     bench: Bench | None = None,
+    roster: Roster | None = None,
 ) -> Outcome:
     """Runs a federation, or goes on with the one in `directory`, and publishes the best round's adapter there.
+
+    roster: names and signing keys of the institutions, which secure aggregation needs.
 
     Raises RunStopped when too few institutions take part or contribute; what was reached until then is published all
     the same. Raises ConfigError when `directory` holds a run with another configuration, or curves cannot be sent where
     `config.tracking` says. A kill at any moment costs at most the round under way.
     """
     tracking.require(config.tracking)
+    if config.secure_aggregation.enabled and (roster is None or not set(config.data.names) <= set(roster.keys)):
+        raise ConfigError("secure aggregation: expected a roster with a key for every one of data.institutions")
     bench = bench or Bench.of(config)
     examples = bench.read(validation)
     digest = config_files.digest(config)
@@ -124,18 +133,17 @@ def coordinate(
 
         try:
             if not finished(config, progress):
-                roster, refused = _meet(config, members, observer)
+                present, refused = _meet(config, members, observer)
                 write_json(directory / "refused.json", refused)
                 progress = run_rounds(
                     config=config,
                     run=run_name(config),
-                    roster=roster,
+                    present=present,
                     fingerprint=fingerprint(config.model.path),
-                    members=members,
+                    collect=collector(config, members, roster, directory, observer.on_reply),
                     evaluate=lambda adapter: bench.scores(adapter, examples),
                     progress=progress,
                     on_round=keep,
-                    on_reply=observer.on_reply,
                 )
         finally:
             if progress.round:
@@ -143,18 +151,41 @@ def coordinate(
     return Outcome(progress, refused)
 
 
+def collector(config: Config, members: Members, roster: Roster | None, directory: Path, on_reply: OnReply) -> Collect:
+    """How a run comes to its sums: under secure aggregation with the roster, in the clear where the configuration says
+    so. The run's attempts stand in `directory`.
+    """
+    if not config.secure_aggregation.enabled:
+
+        def in_clear(plan: Plan, adapter: Adapter, clock: Clock) -> Collected:
+            federation = config.federation
+            return collect_in_clear(
+                plan, adapter, members, federation.timeout_s, federation.min_cohort, clock, on_reply
+            )
+
+        return in_clear
+    assert roster is not None
+    keys = roster
+    attempts = Attempts(directory / "attempts.json")
+
+    def securely(plan: Plan, adapter: Adapter, clock: Clock) -> Collected:
+        return collect_securely(plan, adapter, members, config, keys, attempts, clock, on_reply)
+
+    return securely
+
+
 def _meet(config: Config, members: Transport, observer: Observer) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The roster of those who can take part, and who cannot with the reason.
+    """Those who can take part, in order, and who cannot with the reason.
 
     Whoever is not among `data.institutions` stays outside: the sum is laid out for them, and counted by them.
     """
     hello = Hello(PROTOCOL, fingerprint(config.model.path))
     answers = members.meet(hello, len(config.data.names), config.federation.timeout_s)
-    roster: list[str] = []
+    present: list[str] = []
     refused: dict[str, str] = {}
     for found, answer in sorted(answers.items()):
         if isinstance(answer, Introduction) and found in config.data.names:
-            roster.append(found)
+            present.append(found)
             continue
         said = answer if isinstance(answer, Refused) else Refused(NOT_INVITED, found)
         # Nodes have numbers only; who says no is known by the name it gives, unless that is somebody's already.
@@ -162,13 +193,13 @@ def _meet(config: Config, members: Transport, observer: Observer) -> tuple[tuple
         refused[name] = " ".join((said.reason, *said.parts))
         log.warning("%s does not take part: %s", name, refused[name])
         observer.on_refusal(name, said)
-    if len(roster) < config.federation.min_cohort:
+    if len(present) < config.federation.min_cohort:
         why = "; ".join(f"{name}: {reason}" for name, reason in sorted(refused.items())) or "nobody answered"
         raise RunStopped(
-            f"{len(roster)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: "
+            f"{len(present)} institutions can take part, federation.min_cohort is {config.federation.min_cohort}: "
             f"{why}. Each institution's own log says why; mend it there, then resume."
         )
-    return tuple(roster), refused
+    return tuple(present), refused
 
 
 def _read_refused(file: Path) -> dict[str, str]:

@@ -11,8 +11,18 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunStopped
-from common.flower import HELLO, ROUND, from_records, to_records
-from common.messages import INTERNAL_ERROR, MALFORMED, TIMED_OUT, Hello, Introduction, Refused, Reply, Request
+from common.flower import HELLO, ROUND, SECURE, from_records, to_records
+from common.messages import (
+    INTERNAL_ERROR,
+    MALFORMED,
+    TIMED_OUT,
+    Hello,
+    Introduction,
+    Refused,
+    Reply,
+    Request,
+    TrainRequest,
+)
 from common.wire import from_wire, to_wire
 
 log = logging.getLogger("silotune.server")
@@ -82,7 +92,7 @@ class FlowerMembers:
                 if request is None:
                     exhausted = True
                     break
-                kind = HELLO if isinstance(request, Hello) else ROUND
+                kind = HELLO if isinstance(request, Hello) else ROUND if isinstance(request, TrainRequest) else SECURE
                 # Nobody shall train for a round that no longer waits.
                 ttl = max(end - time.monotonic(), _POLL_S)
                 if request is not sent:

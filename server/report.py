@@ -33,9 +33,11 @@ from server.verdict import (
     bytes_text,
     comparison_texts,
     gap_text,
+    hiding_text,
     judge,
     perplexity_text,
     seconds_text,
+    share_text,
 )
 
 _STYLES = {
@@ -156,7 +158,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "ppl": perplexity_text, "acc": accuracy_text, "bytes": bytes_text, "secs": seconds_text,
-        "gap": gap_text,
+        "gap": gap_text, "share": share_text,
     }  # fmt: skip
     return environment.from_string(files("server").joinpath("report.html.j2").read_text(encoding="utf-8"))
 
@@ -176,6 +178,7 @@ def render(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], conf
     page = _template().render(
         s=s,
         verdict=judge(s),
+        hiding=hiding_text(s.terms),
         gained=s.with_outcome("gained"),
         arms=list(zip(arms, _strip([(arm.score.perplexity, arm.score.perplexity) for arm in arms]), strict=True)),
         home=list(

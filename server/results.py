@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -177,6 +177,26 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """The numbers on which secure aggregation rested; see `common.secagg.terms`.
+
+    smallest_sum: fewest institutions that a sum covered. dropouts: how many could fall silent. ring_bits: of a masked
+    number.
+    """
+
+    cohort: int
+    colluders: int
+    threshold: int
+    smallest_sum: int
+    dropouts: int
+    ring_bits: int
+
+    @classmethod
+    def read(cls, node: _Node) -> Terms:
+        return cls(**{field.name: node[field.name].whole() for field in fields(cls)})
+
+
+@dataclass(frozen=True)
 class Summary:
     """The part of `summary.json` that the report tells. Names are cleaned; nothing here holds a path.
 
@@ -184,6 +204,8 @@ class Summary:
     home: each institution's own test, to federated from local-only, or from the base if no comparison was run.
     home_compared: whether `home` starts from local-only.
     bytes_up, bytes_down: of one institution in one round. seconds: by phase, in order, with "total".
+    secure_aggregation_share: of the rounds' seconds; None where it was off or not measured. terms: None where it was
+    off or not told.
     """
 
     name: str
@@ -211,6 +233,8 @@ class Summary:
     void_updates: int
     seconds: Mapping[str, float]
     secure_aggregation: bool
+    secure_aggregation_share: float | None
+    terms: Terms | None
     privacy_mode: str
     privacy_details: tuple[tuple[str, str], ...]
     base_model: tuple[tuple[str, str], ...]
@@ -237,6 +261,7 @@ class Summary:
             before = node.get("local" if compared else "base")
             home.append(Comparison(name, None if before is None else Score.read(before), Score.read(node["federated"])))
         gap_closed = None if gap is None else gap.number()
+        share, terms = root.get("secure_aggregation_share"), privacy.get("terms")
         return cls(
             name=clean(root["name"].text(), LONGEST_NAME),
             method=root["method"].text(),
@@ -263,9 +288,13 @@ class Summary:
             void_updates=root["void_updates"].whole(),
             seconds={name: node.number() for name, node in root["seconds"].items()},
             secure_aggregation=privacy["secure_aggregation"].flag(),
+            secure_aggregation_share=None if share is None else share.number(),
+            terms=None if terms is None else Terms.read(terms),
             privacy_mode=privacy["mode"].text(),
             privacy_details=tuple(
-                (name, node.plain()) for name, node in privacy.items() if name not in {"secure_aggregation", "mode"}
+                (name, node.plain())
+                for name, node in privacy.items()
+                if name not in {"secure_aggregation", "mode", "terms"}
             ),
             base_model=tuple((name, without_paths(node.plain())) for name, node in root["base_model"].items()),
             versions=tuple((name, without_paths(node.plain())) for name, node in root["versions"].items()),

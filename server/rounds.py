@@ -6,32 +6,22 @@ arm of the comparison.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from common.adapter import Adapter, flatten
 from common.base_model import Fingerprint
-from common.config import Config, FederationConfig
-from common.errors import ConfigError, RunStopped
+from common.config import Config
+from common.errors import RunStopped
 from common.evaluation import Scores
-from common.fixed_point import Decoded, RunningSum, decode
-from common.messages import MALFORMED, Contribution, Plan, Refused, Reply, Request, Settings, TrainRequest
+from common.fixed_point import Decoded
+from common.messages import Plan, Settings
 from common.methods import method_named
 from common.randomness import seeded
+from server.collect import Clock, Collect
 from server.optimizers import OptimizerState, step
-
-log = logging.getLogger("silotune.server")
-
-
-class Members(Protocol):
-    """The institutions, however they are reached."""
-
-    def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Sends each named institution its request and yields one reply a name, in any order."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,8 @@ class RoundRecord:
 
     train_loss, institutions_perplexity: means over all institutions' tokens, read from the sum.
     validation: scores on the coordinator's validation records, or None when the round was not evaluated.
-    best: whether its adapter was the best so far. seconds: by phase. bytes_up, bytes_down: of one institution.
+    best: whether its adapter was the best so far. seconds: by phase. attempts: how many it took to come to the sum.
+    bytes_up, bytes_down: the most that an institution sent, and received, in the last of them.
     """
 
     round: int
@@ -54,6 +45,7 @@ class RoundRecord:
     seconds: Mapping[str, float]
     bytes_up: int
     bytes_down: int
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,32 +88,54 @@ def stopped_early(config: Config, progress: Progress) -> bool:
     return since >= config.evaluation.patience
 
 
-def cohort_of(roster: tuple[str, ...], federation: FederationConfig, seed: int, round_number: int) -> tuple[str, ...]:
-    """The institutions of a round, by roster name: all, or a seeded draw of `fraction` of them."""
-    size = max(round(len(roster) * federation.fraction), min(federation.min_cohort, len(roster)), 1)
-    drawn = seeded(seed, "cohort", round_number).choice(len(roster), size=size, replace=False)
-    return tuple(sorted(roster)[i] for i in sorted(drawn))
+def cohort_of(config: Config, present: tuple[str, ...], round_number: int) -> tuple[str, ...]:
+    """The institutions of a round, by name: all who are present, or `fraction` of them.
+
+    In the clear that is a seeded draw each round. Under secure aggregation it is a fixed group, the groups taking
+    turns: the sums of two cohorts that differ by one member would differ by its update. A group with fewer than
+    `min_cohort` members present is passed over. Raises RunStopped when every group is.
+    """
+    federation = config.federation
+    size = max(round(len(present) * federation.fraction), min(federation.min_cohort, len(present)), 1)
+    if not config.secure_aggregation.enabled:
+        drawn = seeded(config.seed, "cohort", round_number).choice(len(present), size=size, replace=False)
+        return tuple(sorted(present)[i] for i in sorted(drawn))
+    there = [tuple(name for name in group if name in present) for group in groups_of(config)]
+    able = [group for group in there if len(group) >= federation.min_cohort]
+    if not able:
+        raise RunStopped(
+            f"round {round_number}: {len(present)} institutions are present, but no group of federation.fraction = "
+            f"{federation.fraction:g} has {federation.min_cohort} of them. Resume when more are back."
+        )
+    return able[(round_number - 1) % len(able)]
+
+
+def groups_of(config: Config) -> tuple[tuple[str, ...], ...]:
+    """All institutions, dealt once for the whole run into groups of `fraction` of them, at least `min_cohort` each."""
+    names, federation = sorted(config.data.names), config.federation
+    size = max(round(len(names) * federation.fraction), federation.min_cohort)
+    count = max(len(names) // size, 1)
+    order = seeded(config.seed, "groups").permutation(len(names))
+    return tuple(tuple(sorted(names[i] for i in order[group::count])) for group in range(count))
 
 
 def run_rounds(
     config: Config,
     run: str,
-    roster: tuple[str, ...],
+    present: tuple[str, ...],
     fingerprint: Fingerprint,
-    members: Members,
+    collect: Collect,
     evaluate: Callable[[Adapter], Scores],
     progress: Progress,
     on_round: Callable[[Progress], None],
-    on_reply: Callable[[int, int, int], None] = lambda *_: None,
 ) -> Progress:
     """Runs the remaining rounds and returns the last progress.
 
     on_round sees the progress after every round, before the next begins; what it writes is what a resume finds.
-    on_reply(round, answered, invited) is told as replies come in.
-    Raises RunStopped when fewer than `min_cohort` institutions contribute, or every update of a round is void.
+    Raises RunStopped when a round has no sum, or every update of it is void.
     """
     while not finished(config, progress):
-        progress = run_round(config, run, roster, fingerprint, members, evaluate, progress, on_reply)
+        progress = run_round(config, run, present, fingerprint, collect, evaluate, progress)
         on_round(progress)
     return progress
 
@@ -129,20 +143,18 @@ def run_rounds(
 def run_round(
     config: Config,
     run: str,
-    roster: tuple[str, ...],
+    present: tuple[str, ...],
     fingerprint: Fingerprint,
-    members: Members,
+    collect: Collect,
     evaluate: Callable[[Adapter], Scores],
     progress: Progress,
-    on_reply: Callable[[int, int, int], None],
 ) -> Progress:
     """One round, from invitation to record."""
     number = progress.round + 1
-    plan = _plan(config, run, cohort_of(roster, config.federation, config.seed, number), fingerprint, progress)
-    clock = _Clock()
-    total, refused = _collect(plan, progress.adapter, members, config.federation.timeout_s, clock, on_reply)
-    _require_enough(total, refused, config.federation.min_cohort, number)
-    summed = decode(total.total(), plan.layout)
+    plan = _plan(config, run, cohort_of(config, present, number), fingerprint, progress)
+    clock = Clock()
+    collected = collect(plan, progress.adapter, clock)
+    summed = collected.summed
     adapter, optimizer = _server_step(config, progress, summed, number)
     clock.lap("aggregate")
     scores = _central_scores(config, number, adapter, evaluate)
@@ -151,16 +163,17 @@ def run_round(
     loss = summed.mean_loss("validation")
     record = RoundRecord(
         round=number,
-        contributors=total.count,
+        contributors=len(collected.contributors),
         void=summed.void,
-        refused=refused,
+        refused=collected.refused,
         train_loss=summed.mean_loss("train"),
         institutions_perplexity=None if loss is None else math.exp(min(loss, 700.0)),
         validation=None if scores is None else scores.as_dict(),
         best=best,
         seconds=clock.seconds,
-        bytes_up=total.total().nbytes,
-        bytes_down=progress.adapter.bytes,
+        bytes_up=collected.bytes_up,
+        bytes_down=collected.bytes_down,
+        attempts=collected.attempts,
     )
     progress = replace(progress, adapter=adapter, optimizer=optimizer, history=(*progress.history, record))
     if best and scores is not None:
@@ -182,43 +195,6 @@ def _plan(config: Config, run: str, cohort: tuple[str, ...], fingerprint: Finger
     )
 
 
-def _collect(
-    plan: Plan,
-    adapter: Adapter,
-    members: Members,
-    timeout_s: float,
-    clock: _Clock,
-    on_reply: Callable[[int, int, int], None],
-) -> tuple[RunningSum, dict[str, str]]:
-    """Adds each vector to the sum as it arrives and forgets it; names who refused, with the reason code."""
-    total, refused = RunningSum(plan.layout), {}
-    digest = plan.digest()
-    for name, reply in members.ask(dict.fromkeys(plan.cohort, TrainRequest(plan, adapter)), timeout_s):
-        clock.lap("train")
-        if isinstance(reply, Contribution) and reply.plan_digest == digest:
-            try:
-                total.add(reply.vector)
-            except ConfigError as error:
-                log.warning("round %d: %s sent a vector of the wrong form: %s", plan.round, name, error)
-                refused[name] = MALFORMED
-        else:
-            refused[name] = reply.reason if isinstance(reply, Refused) else MALFORMED
-            log.warning("round %d: %s did not contribute: %s", plan.round, name, refused[name])
-        del reply  # before the next one comes, so that no two vectors are held
-        clock.lap("aggregate")
-        on_reply(plan.round, total.count + len(refused), len(plan.cohort))
-    return total, refused
-
-
-def _require_enough(total: RunningSum, refused: Mapping[str, str], min_cohort: int, number: int) -> None:
-    if total.count < min_cohort:
-        said = ", ".join(f"{name}: {reason}" for name, reason in sorted(refused.items()))
-        raise RunStopped(
-            f"round {number}: {total.count} institutions contributed, federation.min_cohort is {min_cohort} ({said}). "
-            "Each institution's own log says why; mend it there, then resume."
-        )
-
-
 def _server_step(config: Config, progress: Progress, summed: Decoded, number: int) -> tuple[Adapter, OptimizerState]:
     if summed.weight == 0:
         raise RunStopped(
@@ -235,19 +211,6 @@ def _central_scores(
 ) -> Scores | None:
     due = number % config.evaluation.every == 0 or number == config.federation.rounds
     return evaluate(adapter) if due else None
-
-
-class _Clock:
-    """Adds the time since the last lap to a phase."""
-
-    def __init__(self) -> None:
-        self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
 
 
 def record_as_json(record: RoundRecord) -> dict[str, Any]:

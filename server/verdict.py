@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.results import SMALL_GAP, Comparison, Score, Summary
+from server.results import SMALL_GAP, Comparison, Score, Summary, Terms
 
 
 def perplexity_text(value: float) -> str:
@@ -75,6 +75,24 @@ def seconds_text(value: float) -> str:
     minutes, seconds = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def share_text(value: float) -> str:
+    """A share of time as a percentage with one decimal."""
+    return "under 0.1%" if 0 < value < 0.0005 else f"{100 * value:.1f}%"
+
+
+def hiding_text(terms: Terms | None) -> str:
+    """What secure aggregation kept from the coordinator, in plain sentences."""
+    if terms is None:
+        return "Updates were masked; the coordinator learned their sum only."
+    among = "one of them colluded" if terms.colluders == 1 else f"up to {terms.colluders} of them colluded"
+    silent = f"Up to {terms.dropouts}" if terms.dropouts else "None"
+    return (
+        f"Updates were masked: the coordinator learned only sums over at least {terms.smallest_sum} institutions, and"
+        f" no single update, also if {among} with it. {silent} of the {terms.cohort} institutions of a round could fall"
+        " silent without stopping it."
+    )
 
 
 def _short(name: str) -> str:

@@ -7,6 +7,7 @@ own machine; the returned object holds counts only.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,11 +26,13 @@ from common.errors import DataError
 from common.examples import Counts, Tokenised, examples_of
 from common.models import load, load_tokenizer
 from common.records import Record
+from common.secagg.terms import OFF
 from common.text import Example
 from simulations import prepare
 from simulations.footprint import Footprint, Form, bytes_per_round, footprint, form_of
 from simulations.generate.federation import Federation
 from simulations.generate.similarity import NEAR, Index
+from simulations.terms import terms_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,16 +84,20 @@ def check(config: Config, console: Console, samples: bool) -> dict[str, Any]:
     prints = {name: footprint(config, form, _of(sets, name, "train").found.examples) for name in config.data.names}
     loaded = _try_model(config, prints)
     warnings = [*_warnings(config, sets, copies, form, prints, tokenizer), *([] if loaded else [_not_tried(prints)])]
+    terms = terms_of(config)
+    notes = [*([] if terms is None else [terms.told()]), *_about_weights(config, sets)]
     if samples:
         for name in config.data.names:
             console.print(_sample(_of(sets, name, "train"), tokenizer))
     sent = bytes_per_round(config, form)
     console.print(_records_table(config, sets), _examples_table(config, sets))
     console.print(_memory_table(prints), _traffic(config, sent))
-    _conclude(config, sets, copies, warnings, console)
+    _conclude(config, sets, copies, notes, warnings, console)
     return {
         "ready": not warnings,
         "warnings": warnings,
+        "notes": notes,
+        "secure_aggregation": None if terms is None else terms.as_dict(),
         "institutions": {name: _as_dict(sets, name) for name in config.data.names},
         "coordinator": _as_dict(sets, COORDINATOR),
         "copies": asdict(copies),
@@ -216,6 +223,7 @@ def _warnings(
         *_about_evaluation(config, sets),
         *_about_memory(config, prints),
         *_about_template(sets, tokenizer),
+        *([] if config.secure_aggregation.enabled else [OFF]),
     ]
 
 
@@ -276,6 +284,22 @@ def _about_template(sets: Sequence[Set], tokenizer: PreTrainedTokenizerBase) -> 
         template = tokenizer.get_chat_template()
         if "strftime_now" in template and "date_string" not in template:
             yield "the tokenizer's chat template writes today's date, so a run cannot be repeated another day"
+
+
+def _about_weights(config: Config, sets: Sequence[Set]) -> Iterator[str]:
+    """Institutions that weigh less than their records, since a weight has an end."""
+    if config.federation.weighting != "records":
+        return
+    unit, most = config.federation.weight_unit, 2**config.quantise.weight_bits - 1
+    counts = {name: _of(sets, name, "train").found.counts.examples for name in config.data.names}
+    fitting = math.ceil(max(counts.values()) / most)
+    for name, count in counts.items():
+        if count > unit * most:
+            yield (
+                f"{name}: its {count} training examples count as {unit * most}, the largest weight with"
+                f" federation.weight_unit = {unit} and quantise.weight_bits = {config.quantise.weight_bits};"
+                f" federation.weight_unit={fitting} would fit all institutions"
+            )
 
 
 def _total(sets: Sequence[Set], owner: str) -> Counts:
@@ -402,7 +426,14 @@ def _printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else f"\\x{ord(sign):02x}" for sign in text)
 
 
-def _conclude(config: Config, sets: Sequence[Set], copies: Copies, warnings: Sequence[str], console: Console) -> None:
+def _conclude(
+    config: Config,
+    sets: Sequence[Set],
+    copies: Copies,
+    notes: Sequence[str],
+    warnings: Sequence[str],
+    console: Console,
+) -> None:
     for owner in (*config.data.names, COORDINATOR):
         # Those that are too long are among the warnings.
         for note in replace(_total(sets, owner), truncated=0, cut=0).notes():
@@ -411,6 +442,8 @@ def _conclude(config: Config, sets: Sequence[Set], copies: Copies, warnings: Seq
         console.print(f"persons known at more than one institution: {copies.persons_in_institutions}", style="dim")
     if copies.near is None:
         console.print("near copies were not looked for: the records are too many", style="dim")
+    for note in notes:
+        console.print(Text(note), style="dim")
     for warning in warnings:
         console.print(Text(f"! {warning}", "yellow"))
     if warnings:

@@ -42,7 +42,8 @@ class ArmScores:
 def arm_config(config: Config, arm: str) -> Config:
     """The configuration of a reference arm: `pooled` or an institution's name.
 
-    Between rounds an arm is scored by perplexity alone, which is what the published round is chosen by.
+    Between rounds an arm is scored by perplexity alone, which is what the published round is chosen by. Its updates are
+    not masked: a federation of one in this process has nobody to hide from.
     """
     tuned: ArmConfig = config.compare.pooled if arm == POOLED else config.compare.local
     return replace(
@@ -56,6 +57,7 @@ def arm_config(config: Config, arm: str) -> Config:
             min_cohort=1,
             server_optimizer=replace(config.federation.server_optimizer, name="fedavg", learning_rate=1.0),
         ),
+        secure_aggregation=replace(config.secure_aggregation, enabled=False),
         evaluation=replace(config.evaluation, exact=[], institutions=False),
         # What one institution reaches alone is for this machine only.
         tracking=replace(config.tracking, mlflow="", wandb=""),

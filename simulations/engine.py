@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from client.app import build_client_app
@@ -16,6 +16,7 @@ from client.institution import Institution
 from common.config import Config
 from server.app import build_server_app
 from server.flower import FlowerMembers
+from simulations.identities import SimulatedIdentities
 from simulations.institutions import VirtualInstitutions
 from simulations.layout import RunDirectory
 
@@ -34,13 +35,14 @@ def simulate(
     config: Config,
     directory: RunDirectory,
     coordinate: Callable[[FlowerMembers], None],
-    institution_of: Callable[[Context], Institution] | None = None,
+    institution_of: Callable[[Context], AbstractContextManager[Institution]] | None = None,
+    identities: SimulatedIdentities | None = None,
 ) -> None:
     """Plays every institution of `config` as a virtual Flower client and hands them to `coordinate`.
 
     `simulation.actors` processes share the work; each loads the base model once. What `coordinate` raises is raised
     here. The first Ctrl-C ends the run cleanly (KeyboardInterrupt), a second one at once. institution_of: who a virtual
-    client is, if not simply the institution itself.
+    client is, if not simply the institution itself. identities: of all, for secure aggregation.
     """
     os.environ.update(_SILENCE)
     from flwr.simulation import run_simulation
@@ -60,7 +62,7 @@ def simulate(
     with _first_interrupt_sets(stop):
         run_simulation(
             server_app=build_server_app(guarded, stop, wave=_WAVE * config.simulation.actors),
-            client_app=build_client_app(institution_of or VirtualInstitutions.of(config, directory.root)),
+            client_app=build_client_app(institution_of or VirtualInstitutions.of(config, directory.root, identities)),
             num_supernodes=len(config.data.names),
             backend_config={
                 "client_resources": {"num_cpus": threads, "num_gpus": _gpu_share(config)},

@@ -1,4 +1,4 @@
-"""What a configuration takes: memory for training, estimated, and bytes a round, exactly.
+"""What a configuration takes: memory for training, estimated, and bytes a round, from the messages themselves.
 
 The base model's form is read from its configuration file; its weights are not.
 """
@@ -17,12 +17,29 @@ from common.adapter import Adapter, flatten
 from common.base_model import fingerprint, model_directory
 from common.config import Config
 from common.errors import ModelError
-from common.fixed_point import void
-from common.messages import Contribution, Plan, Settings, TrainRequest
+from common.fixed_point import Ring, pack, void
+from common.messages import Contribution, Plan, Reply, Request, SecurePlan, Settings, TrainRequest
 from common.methods import method_named
 from common.models import peft_config
+from common.secagg.identity import SIGNATURE_BYTES
+from common.secagg.messages import (
+    Consent,
+    Consents,
+    Inbox,
+    KeyList,
+    Keys,
+    MaskedInput,
+    Revealed,
+    Sealed,
+    Shares,
+    Survivors,
+)
+from common.secagg.sealing import OVERHEAD, PUBLIC_BYTES, SEED_BYTES
+from common.secagg.shamir import SHARE_BYTES
+from common.secagg.terms import Terms
 from common.text import Example
-from common.wire import ARRAY, to_wire
+from common.wire import size, to_wire
+from server.coordinator import run_name
 from server.rounds import cohort_of
 
 _HALF, _SINGLE = 2, 4  # bytes of a number
@@ -127,20 +144,56 @@ def _adapted(base: Any, config: Config, directory: Path) -> Any:
 
 
 def bytes_per_round(config: Config, form: Form) -> dict[str, int]:
-    """What one institution sends and receives in a round: the arrays of the very messages that would travel."""
+    """The most that an institution sends, and receives, in a round: the sizes of the messages that would travel."""
     trained = method_named(config.federation.method).trained(form.adapter)
+    cohort = cohort_of(config, config.data.names, 1)
+    secure = config.secure_aggregation
+    terms = Terms.of(len(cohort), secure.colluders, config.federation.min_cohort) if secure.enabled else None
     plan = Plan(
-        run=config.name,
+        run=run_name(config),
         round=1,
-        cohort=cohort_of(config.data.names, config.federation, config.seed, 1),
+        cohort=cohort,
         parameters=len(flatten(form.adapter.factors, trained)),
         adapter_digest=form.adapter.digest(),
         fingerprint=fingerprint(config.model.path),
         settings=Settings.of(config),
+        secure=None if terms is None else SecurePlan(1, "0" * 64, terms, 0, 0),
     )
-    up = to_wire(Contribution(plan.digest(), void(plan.layout)))
-    down = to_wire(TrainRequest(plan, form.adapter))
-    return {"up": up.arrays[ARRAY].nbytes, "down": down.arrays[ARRAY].nbytes}
+    vector = pack(void(plan.layout), plan.layout.ring_bits)
+    up: list[Request | Reply] = []
+    down: list[Request | Reply] = [TrainRequest(plan, form.adapter)]
+    if terms is None:
+        up.append(Contribution(plan.digest(), vector))
+    else:
+        said, asked = _secure_messages(plan.digest(), cohort, vector, terms)
+        up, down = up + said, down + asked
+    return {"up": sum(size(to_wire(m)) for m in up), "down": sum(size(to_wire(m)) for m in down)}
+
+
+def _secure_messages(
+    digest: str, cohort: tuple[str, ...], vector: Ring, terms: Terms
+) -> tuple[list[Request | Reply], list[Request | Reply]]:
+    """Messages of full size in a cohort that nobody leaves: from its first member, who has all pair seeds to give, and
+    to its last, who receives them.
+    """
+    share, signature = bytes(SHARE_BYTES), bytes(SIGNATURE_BYTES)
+    key = bytes(PUBLIC_BYTES)
+    keys = Keys(digest, key, key, bytes(32), signature)
+    sealed = Sealed(bytes(2 * SHARE_BYTES + OVERHEAD), bytes(SEED_BYTES + OVERHEAD), signature)
+    said: list[Request | Reply] = [
+        keys,
+        Shares(digest, dict.fromkeys(cohort[1:], sealed)),
+        MaskedInput(digest, vector),
+        Consent(digest, signature),
+        Revealed(digest, dict.fromkeys(cohort, share)),
+    ]
+    asked: list[Request | Reply] = [
+        KeyList(digest, dict.fromkeys(cohort, keys)),
+        Inbox(digest, dict.fromkeys(cohort[:-1], sealed)),
+        Survivors(digest, cohort),
+        Consents(digest, dict.fromkeys(cohort, signature)),
+    ]
+    return said, asked
 
 
 def footprint(config: Config, form: Form, examples: Sequence[Example]) -> Footprint:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +12,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from client.institution import Institution
+from client.policy import Policy
+from client.secure import SecureMember
 from client.training import Trained
 from common.adapter import Adapter
 from common.config import Config
-from common.messages import Plan
+from common.fixed_point import Ring
+from common.messages import TIMED_OUT, Hello, Plan, Refused, Reply, Request, TrainRequest
+from simulations.identities import SimulatedIdentities
 from simulations.layout import RunDirectory
 
 if TYPE_CHECKING:
     from flwr.app import Context
+
+
+_SESSION, _VECTOR = "secure_aggregation", "secure_aggregation_vector"
 
 
 def _not_a_number(trained: Trained, plan: Plan) -> Trained:
@@ -33,26 +41,51 @@ def _raise(trained: Trained, plan: Plan) -> Trained:
 
 
 FAULTS = {"nan": _not_a_number, "raise": _raise}
+"""What a fault does to the training of a round."""
+
+SILENT = "silent"
+
+
+class SilentInstitution(Institution):
+    """An institution that is not heard of again in a round, once the keys of secure aggregation are out."""
+
+    def answer(self, request: Request) -> Reply:
+        """Trains and announces keys, or introduces itself; to anything else it says only that it is not there."""
+        if isinstance(request, Hello | TrainRequest):
+            return super().answer(request)
+        return Refused(TIMED_OUT, self.name)
 
 
 def _fault(config: Config, name: str) -> Callable[[Trained, Plan], Trained] | None:
-    """What `simulation.faults` says of an institution."""
-    found = dict(entry.split(":") for entry in config.simulation.faults)
-    return FAULTS[found[name]] if name in found else None
+    """What `simulation.faults` says of an institution's training."""
+    return FAULTS.get(_faults(config).get(name, ""))
 
 
-def virtual(config: Config, directory: RunDirectory, name: str, records: Path) -> Institution:
+def _faults(config: Config) -> dict[str, str]:
+    """Faults by institution."""
+    return dict(entry.split(":") for entry in config.simulation.faults)
+
+
+def virtual(
+    config: Config, directory: RunDirectory, name: str, records: Path, identities: SimulatedIdentities | None = None
+) -> Institution:
     """The institution of that name in a simulated run, with its folder in `records`.
 
-    Its own log goes to a file in its own home.
+    Its own log goes to a file in its own home. identities: of all, for secure aggregation; None without it.
     """
     home = directory.institutions / name
     _log_to(home / "client.log", name)
-    return Institution(
+    secure = None
+    if identities is not None:
+        policy = Policy.of(config, identities.roster())
+        secure = SecureMember(identities.identity(name), policy, lambda run: home / run / "marks.json", simulated=True)
+    kind = SilentInstitution if _faults(config).get(name) == SILENT else Institution
+    return kind(
         name=name,
         data=records / name,
         home=home,
         model=config.model,
+        secure=secure,
         spoil=_fault(config, name),
     )
 
@@ -78,7 +111,7 @@ def _log_to(file: Path, name: str) -> None:
 
 @dataclass(frozen=True)
 class VirtualInstitutions:
-    """Finds the institution that a virtual Flower node plays.
+    """Finds the institution that a virtual Flower node plays, and keeps its session between messages.
 
     It travels to an actor with every message, so what is long holds for all and is not in its `config`: `names`.
     """
@@ -86,17 +119,44 @@ class VirtualInstitutions:
     config: Config
     names: tuple[str, ...]
     root: Path
+    identities: SimulatedIdentities | None = None
 
     @classmethod
-    def of(cls, config: Config, root: Path) -> VirtualInstitutions:
+    def of(cls, config: Config, root: Path, identities: SimulatedIdentities | None = None) -> VirtualInstitutions:
         """All institutions of a run in the directory `root`."""
         short = replace(config, data=replace(config.data, institutions=[], train_records=[]))
-        return cls(short, config.data.names, root)
+        return cls(short, config.data.names, root, identities)
 
-    def __call__(self, context: Context) -> Institution:
+    @contextmanager
+    def __call__(self, context: Context) -> Iterator[Institution]:
         import torch
 
         torch.set_num_threads(self.config.simulation.threads)
         name = self.names[int(context.node_config["partition-id"])]
         directory = RunDirectory(self.root)
-        return virtual(self.config, directory, name, directory.records(self.config))
+        institution = virtual(self.config, directory, name, directory.records(self.config), self.identities)
+        if institution.secure is None:
+            yield institution
+            return
+        # The next message may find this institution in another process; only the node's own state follows it there.
+        institution.secure.restore(session_in(context))
+        yield institution
+        keep_session(context, institution.secure.snapshot())
+
+
+def session_in(context: Context) -> tuple[str, Ring]:
+    """What `keep_session` put into a node's state; empty for a node that has none."""
+    records = context.state
+    if _SESSION not in records.config_records:
+        return "", np.zeros(0, np.uint32)
+    text = str(records.config_records[_SESSION]["text"])
+    return text, records.array_records[_VECTOR]["vector"].numpy()
+
+
+def keep_session(context: Context, session: tuple[str, Ring]) -> None:
+    """Puts a member's session into its node's state, which Flower holds in memory."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord
+
+    text, vector = session
+    context.state[_SESSION] = ConfigRecord({"text": text})
+    context.state[_VECTOR] = ArrayRecord({"vector": Array(vector)})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.base_model import fingerprint
 from common.config import POOLED, Config
 from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json, write_text
+from common.fixed_point import Layout
 from common.messages import Refused
 from server import checkpoints, report, tracking
 from server.coordinator import Bench, Observer, Outcome, coordinate
@@ -27,7 +29,12 @@ from server.rounds import Progress as RunProgress
 from server.rounds import RoundRecord, record_as_json, stopped_early
 from simulations import compare, prepare
 from simulations.compare import ArmScores
+from simulations.identities import SimulatedIdentities
 from simulations.layout import RunDirectory
+from simulations.terms import launch_line, terms_of
+
+PHASES = ("train", "secure_aggregation", "aggregate", "evaluate")
+"""Of a round, in order."""
 
 LIBRARIES = ("silotune", "flwr", "torch", "transformers", "peft")
 
@@ -74,6 +81,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
         f"[bold]{config.name}[/]: {len(config.data.names)} institutions, {config.federation.rounds} rounds of "
         f"{config.federation.method}, base model {escape(config.model.path)}; results in {escape(str(directory.root))}"
     )
+    console.print(launch_line(config))
     tracking.require(config.tracking)
     bench = Bench.of(config)
     outcome = _federate(config, directory, bench, console)
@@ -97,15 +105,34 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
 
 
 def _seconds(progress: RunProgress | None) -> dict[str, float]:
-    """Seconds of all complete rounds by phase."""
+    """Seconds of all complete rounds by phase; a phase that a round did not have took none of it."""
     history = progress.history if progress else ()
-    return {phase: sum(record.seconds[phase] for record in history) for phase in ("train", "aggregate", "evaluate")}
+    return {phase: sum(record.seconds.get(phase, 0.0) for record in history) for phase in PHASES}
+
+
+def _share(config: Config, progress: RunProgress) -> float | None:
+    """Share of the rounds' seconds that secure aggregation took; None where it is off."""
+    seconds = _seconds(progress)
+    spent = sum(seconds.values())
+    return seconds["secure_aggregation"] / spent if config.secure_aggregation.enabled and spent else None
+
+
+def _privacy(config: Config, absent: Collection[str]) -> dict[str, Any]:
+    """What protected the updates of all institutions but the absent ones, and what did not."""
+    found = {"secure_aggregation": config.secure_aggregation.enabled, "mode": "none"}
+    terms = terms_of(config, absent)
+    if terms is None:
+        return found
+    layout = Layout(parameters=0, members=terms.members, **asdict(config.quantise))
+    return {**found, "terms": {**terms.as_dict(), "ring_bits": layout.ring_bits}}
 
 
 def _federate(config: Config, directory: RunDirectory, bench: Bench, console: Console) -> Outcome:
     from simulations.engine import simulate
 
     outcome: list[Outcome] = []
+    identities = SimulatedIdentities.fresh(config.data.names) if config.secure_aggregation.enabled else None
+    roster = identities.roster() if identities else None
     with _bar(console) as bar:
         task = bar.add_task("starting the engine", total=config.federation.rounds)
 
@@ -123,9 +150,9 @@ def _federate(config: Config, directory: RunDirectory, bench: Bench, console: Co
         def job(members: FlowerMembers) -> None:
             validation = directory.central(config, "validation")
             observer = Observer(on_reply=on_reply, on_round=on_round, on_refusal=on_refusal)
-            outcome.append(coordinate(config, directory.root, validation, members, observer, bench))
+            outcome.append(coordinate(config, directory.root, validation, members, observer, bench, roster))
 
-        simulate(config, directory, job)
+        simulate(config, directory, job, identities=identities)
     if not outcome:
         raise RunStopped(f"the simulation engine ended before the run did; resume with --resume {directory.root}")
     return outcome[0]
@@ -187,6 +214,7 @@ def _summary(
     progress, history = outcome.progress, outcome.progress.history
     everyone: dict[str, Any] = {"base": base.everyone.as_dict(), "federated": federated.everyone.as_dict()}
     gap = None
+    share = _share(config, progress)
     local = {name: arms[name] for name in config.data.names if name in arms}
     if local:
         best = min(local, key=lambda name: local[name].everyone.perplexity)
@@ -221,7 +249,8 @@ def _summary(
         "parameters": {"base": bench.model.base_parameters, "adapter": progress.adapter.parameters},
         "void_updates": sum(record.void for record in history),
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
-        "privacy": {"secure_aggregation": False, "mode": "none"},
+        "secure_aggregation_share": None if share is None else round(share, 4),
+        "privacy": _privacy(config, outcome.refused),
         "base_model": {"name": config.model.path, **fingerprint(config.model.path).as_dict()},
         "versions": {library: version(library) for library in LIBRARIES},
         "started": json.loads((directory.root / "started.json").read_text())["started"],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config_files import configs_dir, load
+from simulations.terms import terms_of
 
 FILES = sorted(configs_dir().rglob("*.y*ml"))
 
@@ -24,6 +25,14 @@ def test_it_loads_and_is_named_as_its_file(file: Path) -> None:
     config = load(str(file))
     assert config.name == file.stem
     assert load(file.relative_to(configs_dir()).with_suffix("").as_posix()) == config
+
+
+@pytest.mark.parametrize(("name", "dropouts"), [("banks", 1), ("hospitals", 1), ("smoke", 0)])
+def test_it_hides_updates_and_says_so(name: str, dropouts: int) -> None:
+    terms = terms_of(load(name))
+    assert terms is not None
+    assert terms.dropouts == dropouts
+    assert "secure_aggregation:" in (configs_dir() / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from common.config import (
     EvaluationConfig,
     FederationConfig,
     QuantiseConfig,
+    SecureAggregationConfig,
     SimulationConfig,
     TrainConfig,
     named,
@@ -180,7 +182,9 @@ def configuration(plan: Scale, records: Path) -> Config:
             institutions=named(*(f"institution-{number:05d}" for number in range(plan.clients))),
         ),
         train=TrainConfig(batch_size=RECORDS, max_tokens=64),
-        federation=FederationConfig(rounds=plan.rounds, weighting="uniform", timeout_s=3600.0),
+        federation=FederationConfig(rounds=plan.rounds, weighting="uniform", min_cohort=2, timeout_s=3600.0),
+        # What is measured is the coordinator and the engine; `bench secagg` measures what every pair of members costs.
+        secure_aggregation=SecureAggregationConfig(enabled=False),
         # What is left of 32 bits beside a weight of 1 and the most institutions, so that every size has the same form.
         quantise=QuantiseConfig(bits=16, weight_bits=1),
         evaluation=EvaluationConfig(exact=[]),
@@ -208,9 +212,10 @@ class Watched:
     institutions: VirtualInstitutions
     root: Path
 
-    def __call__(self, context: Any) -> Institution:
-        found = self.institutions(context)
-        return _WatchedInstitution(**{f.name: getattr(found, f.name) for f in fields(found)}, root=self.root)
+    @contextmanager
+    def __call__(self, context: Any) -> Iterator[Institution]:
+        with self.institutions(context) as found:
+            yield _WatchedInstitution(**{f.name: getattr(found, f.name) for f in fields(found)}, root=self.root)
 
 
 @dataclass(frozen=True)

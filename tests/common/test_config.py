@@ -22,6 +22,7 @@ from common.config import (
     LoraConfig,
     ModelConfig,
     QuantiseConfig,
+    SecureAggregationConfig,
     ServerOptimizerConfig,
     SimulationConfig,
     TrainConfig,
@@ -30,8 +31,11 @@ from common.config import (
 from common.config_files import configs_dir, digest, load, parse, to_yaml, validate
 from common.config_rules import AGREEMENTS, RULES
 from common.errors import ConfigError
+from common.methods import NEEDS_SINGLE_UPDATES, FedAvg
 
-SMALLEST = "data: {institutions: [a, b], train_records: [3, 4]}"
+SMALLEST = "data: {institutions: [a, b, c], train_records: [3, 4, 5]}"
+PAIR = "data: {institutions: [a, b], train_records: [3, 4]}"
+OFF = "secure_aggregation.enabled=false"
 
 
 def mistakes(text: str = SMALLEST, *overrides: str) -> list[str]:
@@ -70,7 +74,8 @@ def test_a_name_means_the_shipped_file_whatever_lies_around(tmp_path: Path, monk
 
 def test_defaults_fill_what_a_file_leaves_out() -> None:
     config = parse(SMALLEST, "test.yaml")
-    assert config == Config(data=DataConfig(institutions=named("a", "b"), train_records=[3, 4]))
+    assert config == Config(data=DataConfig(institutions=named("a", "b", "c"), train_records=[3, 4, 5]))
+    assert config.secure_aggregation.enabled
 
 
 def test_the_result_is_frozen() -> None:
@@ -106,7 +111,7 @@ def test_target_modules_may_be_a_list_or_text_with_commas(written: str, read: li
 
 
 def test_a_list_of_counts_may_be_text_with_commas() -> None:
-    assert parse(SMALLEST, "test.yaml", ["data.train_records=5,6"]).data.train_records == [5, 6]
+    assert parse(SMALLEST, "test.yaml", ["data.train_records=5,6,7"]).data.train_records == [5, 6, 7]
 
 
 def test_kinds_to_score_may_be_none() -> None:
@@ -120,7 +125,7 @@ def test_a_key_may_refer_to_another() -> None:
 
 
 def test_with_a_directory_counts_may_be_left_out() -> None:
-    config = parse("data: {directory: records, generator: '', institutions: [a, b]}", "test.yaml")
+    config = parse("data: {directory: records, generator: '', institutions: [a, b, c]}", "test.yaml")
     assert config.data.train_records == []
 
 
@@ -220,6 +225,10 @@ def test_a_wrong_type_says_field_value_and_what_is_allowed(override: str, found:
         "federation.fraction=0",
         "federation.fraction=1.01",
         "federation.min_cohort=1",
+        "secure_aggregation.colluders=0",
+        "secure_aggregation.repeats=-1",
+        "secure_aggregation.timeout_s=0",
+        "secure_aggregation.timeout_s=.inf",
         "federation.server_optimizer.momentum=1",
         "quantise.clip=.inf",
         "quantise.bits=1",
@@ -239,12 +248,15 @@ def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
     assert all(key in RULES for agreement in AGREEMENTS for key in agreement.keys)
 
 
-FILES = "data: {institutions: [{name: a, path: a.csv, person: pid, columns: {text: note}}, {name: b, path: b.jsonl}]}"
+FILES = (
+    "data: {institutions: [{name: a, path: a.csv, person: pid, columns: {text: note}}, {name: b, path: b.jsonl},"
+    " {name: c, path: c.jsonl}]}"
+)
 
 
 def test_institutions_may_bring_files_with_columns_of_their_own() -> None:
     config = parse(FILES, "test.yaml")
-    assert config.data.names == ("a", "b")
+    assert config.data.names == ("a", "b", "c")
     assert config.data.has_files
     assert config.data.institutions[0] == InstitutionConfig(
         name="a", path="a.csv", person="pid", columns=ColumnsConfig(text="note")
@@ -280,7 +292,7 @@ def test_the_coordinators_file_stands_beside_files_only() -> None:
 
 def test_counts_and_institutions_must_agree() -> None:
     (line,) = mistakes(SMALLEST, "data.train_records=[1]")
-    assert "1 counts for 2 institutions" in line
+    assert "1 counts for 3 institutions" in line
 
 
 def test_records_must_come_from_somewhere() -> None:
@@ -297,14 +309,90 @@ def test_a_round_must_draw_at_least_the_smallest_cohort() -> None:
     assert "federation.min_cohort = 7" in line
 
 
-@pytest.mark.parametrize(("institutions", "most"), [(2, 23), (3, 22), (4, 22), (5, 21)])
+@pytest.mark.parametrize(("institutions", "most"), [(3, 26), (4, 26), (5, 25), (16, 24), (17, 23)])
 def test_the_sum_must_fit_the_ring(institutions: int, most: int) -> None:
-    names = ", ".join(f"i{n}" for n in range(institutions))
-    text = f"data: {{institutions: [{names}], train_records: [{', '.join('1' * institutions)}]}}"
+    text = federation_of(institutions)
     assert parse(text, "test.yaml", [f"quantise.bits={most}"]).quantise.bits == most
     (line,) = mistakes(text, f"quantise.bits={most + 1}")
     assert f"allowed: at most {most}," in line
-    assert "32-bit ring" in line
+    assert "a ring of at most 32 bits" in line
+
+
+# --- What secure aggregation asks for
+
+
+def federation_of(institutions: int) -> str:
+    """So many institutions and nothing else."""
+    names = ", ".join(f"i{n}" for n in range(institutions))
+    return f"data: {{institutions: [{names}], train_records: [{', '.join('1' * institutions)}]}}"
+
+
+def test_with_fewer_than_three_a_sum_tells_one_the_others_update() -> None:
+    (line,) = mistakes(PAIR)
+    assert line == (
+        "data.institutions: found 2; allowed: at least 3 of them with secure_aggregation.colluders = 1, since the sum"
+        " over fewer would tell one institution another's update; or secure_aggregation.enabled=false and a"
+        " federation.min_cohort of 2, with which the coordinator can read every update"
+    )
+    (line,) = mistakes(SMALLEST, "federation.min_cohort=2")
+    assert line == (
+        "federation.min_cohort: found 2; allowed: at least 3 with secure_aggregation.colluders = 1, since the sum over"
+        " fewer would tell one institution another's update; or secure_aggregation.enabled=false, with which the"
+        " coordinator can read every update"
+    )
+    both = mistakes(PAIR, "federation.min_cohort=2")
+    assert [line.partition(":")[0] for line in both] == ["federation.min_cohort", "data.institutions"]
+
+
+def test_what_the_message_offers_can_be_meant() -> None:
+    assert parse(PAIR, "test.yaml", [OFF, "federation.min_cohort=2"]).federation.min_cohort == 2
+    assert parse(SMALLEST, "test.yaml", [OFF, "federation.min_cohort=2"]).data.names == ("a", "b", "c")
+    (line,) = mistakes(PAIR, OFF)
+    assert line == "data.institutions: found 2; allowed: at least federation.min_cohort = 3 of them"
+
+
+def test_more_colluders_need_a_larger_cohort() -> None:
+    five = federation_of(5)
+    assert parse(five, "test.yaml", ["secure_aggregation.colluders=3", "federation.min_cohort=5"])
+    (line,) = mistakes(five, "secure_aggregation.colluders=3", "federation.min_cohort=4")
+    assert line.startswith("federation.min_cohort: found 4; allowed: at least 5 with secure_aggregation.colluders = 3,")
+    assert "would tell 3 institutions that collude another's update" in line
+    lines = mistakes(five, "secure_aggregation.colluders=4", "federation.min_cohort=6")
+    assert lines[0].startswith("data.institutions: found 5; allowed: at least 6 of them with")
+    (line,) = mistakes(five, "federation.min_cohort=9")
+    assert line == "data.institutions: found 5; allowed: at least federation.min_cohort = 9 of them"
+
+
+@pytest.mark.parametrize("overrides", [[], [OFF]])
+@pytest.mark.parametrize("name", NEEDS_SINGLE_UPDATES)
+def test_methods_on_single_updates_are_refused_with_the_reason(name: str, overrides: list[str]) -> None:
+    (line,) = mistakes(SMALLEST, f"federation.method={name}", *overrides)
+    assert line.startswith(f"federation.method: found '{name}'; allowed: fedavg or ffa (")
+    assert NEEDS_SINGLE_UPDATES[name] in line
+    assert "secure aggregation hides" in line
+    assert "use fedavg, or ffa, whose average is exact" in line
+
+
+class Stacked(FedAvg):
+    """A method that needs every update by itself."""
+
+    name = "stacked"
+    linear = False
+
+
+def test_a_method_that_is_not_linear_is_refused_under_secure_aggregation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.methods.METHODS", {"fedavg": FedAvg(), "stacked": Stacked()})
+    (line,) = mistakes(SMALLEST, "federation.method=stacked")
+    assert line == (
+        "federation.method: found 'stacked', which needs single updates, and secure aggregation hides them; allowed:"
+        " fedavg; or secure_aggregation.enabled=false, with which the coordinator can read every update"
+    )
+    assert parse(SMALLEST, "test.yaml", ["federation.method=stacked", OFF]).federation.method == "stacked"
+
+
+def test_sixteen_institutions_send_three_bytes_a_parameter() -> None:
+    quantise = parse(federation_of(16), "test.yaml").quantise
+    assert quantise.bits + quantise.weight_bits + 4 == 24
 
 
 @pytest.mark.parametrize(
@@ -428,7 +516,7 @@ ARMS = st.builds(ArmConfig, batch_size=COUNTS, learning_rate=RATES)
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    institutions = draw(st.lists(NAMES, min_size=2, max_size=8, unique=True))
+    institutions = draw(st.lists(NAMES, min_size=3, max_size=8, unique=True))
     fields = st.builds(
         Config,
         name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
@@ -456,6 +544,9 @@ def configs(draw: st.DrawFn) -> Config:
             rounds=COUNTS,
             method=st.sampled_from(["fedavg", "ffa"]),
             server_optimizer=st.builds(ServerOptimizerConfig, name=st.sampled_from(["fedavgm", "fedadam"])),
+        ),
+        secure_aggregation=st.builds(
+            SecureAggregationConfig, enabled=st.booleans(), repeats=st.integers(0, 9), timeout_s=RATES
         ),
         quantise=st.builds(QuantiseConfig, clip=RATES, bits=st.integers(2, 20), weight_bits=st.integers(1, 8)),
         evaluation=st.builds(EvaluationConfig, exact=st.sampled_from([[], ["coding"], ["yes", "07", "1e3"]])),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from common.adapter import Adapter, is_a, is_b
 from common.errors import ConfigError
-from common.methods import METHODS, Method, method_named
+from common.methods import METHODS, NEEDS_SINGLE_UPDATES, Method, method_named
 
 LAYERS = ("q_proj", "v_proj")
 R, D_IN, D_OUT = 2, 4, 3
@@ -138,5 +138,13 @@ def test_trained_keys_are_those_that_move(method: Method, seed: int) -> None:
 def test_methods_by_name() -> None:
     assert {name: method.name for name, method in METHODS.items()} == {"fedavg": "fedavg", "ffa": "ffa"}
     assert all(method.linear for method in METHODS.values())
-    with pytest.raises(ConfigError, match="expected one of fedavg, ffa, found 'fedmedian'"):
+    with pytest.raises(ConfigError, match=r"expected one of fedavg, ffa, found 'fedmedian'$"):
         method_named("fedmedian")
+
+
+def test_a_method_on_single_updates_says_why_it_is_missing() -> None:
+    with pytest.raises(
+        ConfigError, match=r"found 'flora': FLoRA stacks .*secure aggregation hides.*use fedavg, or ffa"
+    ):
+        method_named("flora")
+    assert not set(NEEDS_SINGLE_UPDATES) & set(METHODS)

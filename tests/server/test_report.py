@@ -256,6 +256,52 @@ def test_privacy_that_is_off_is_said_in_red() -> None:
     assert "<p>epsilon: 4.0</p><p>unit: person</p>" in on
 
 
+TERMS = {"cohort": 4, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 1, "ring_bits": 22}
+
+
+def private(mode: str = "none", **terms: int) -> dict[str, Any]:
+    return {"secure_aggregation": True, "mode": mode, "terms": TERMS | terms}
+
+
+def test_what_the_coordinator_learned_is_said_with_what_that_does_not_hide() -> None:
+    text = Page(render(summary({"a": GAIN}, privacy=private()), ROUNDS, CONFIG)).text
+    assert "the coordinator learned only sums over at least 3 institutions, and no single update" in text
+    assert "also if one of them colluded with it." in text
+    assert "Up to 1 of the 4 institutions of a round could fall silent" in text
+    assert "It does not hide what the sums and the published adapter tell about the data" in text
+    assert "threshold 3, masked numbers of 22 bits" in text
+    assert "No noise was added" in text
+
+
+def test_three_tolerate_no_silence_and_noise_bounds_what_a_sum_tells() -> None:
+    privacy = private("central", cohort=3, dropouts=0, colluders=2)
+    source = render(summary({"a": GAIN}, privacy=privacy), ROUNDS, CONFIG)
+    assert "None of the 3 institutions of a round could fall silent" in Page(source).text
+    assert "if up to 2 of them colluded" in Page(source).text
+    assert "It does not hide" not in source
+    assert "terms" not in re.findall(r"<p>(\w+):", source)
+
+
+def test_a_term_that_is_missing_is_named() -> None:
+    privacy = private()
+    del privacy["terms"]["threshold"]
+    with pytest.raises(StorageError, match=r"summary\.json\.privacy\.terms: expected a value for 'threshold'"):
+        verdict(summary({"a": GAIN}, privacy=privacy))
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.0213, "took 2.1%."), (0.0, "took 0.0%."), (0.0001, "took under 0.1%."), (None, "")]
+)
+def test_the_share_of_secure_aggregation_stands_with_the_seconds(share: float | None, said: str) -> None:
+    seconds = {"train": 70.0, "secure_aggregation": 1.5, "aggregate": 0.4, "evaluate": 21.0, "total": 99.0}
+    data = summary({"a": GAIN}, privacy=private(), seconds=seconds, secure_aggregation_share=share)
+    source = render(data, ROUNDS, CONFIG)
+    text = Page(source[source.index('<h2 id="time"') :].partition("</section>")[0]).text
+    assert "secure aggregation 1.5 s 2%" in " ".join(text.split())
+    assert said in text
+    assert ("secure aggregation took" in text) == (share is not None)
+
+
 def test_refused_institutions_stand_with_their_code() -> None:
     page = render(summary({"a": GAIN}, institutions=["a", "c"], refused={"c": "base_model_differs"}), ROUNDS, CONFIG)
     assert "<code>base_model_differs</code>" in page

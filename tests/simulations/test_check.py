@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from simulations import check as module
 from simulations.check import shown
 from tests.client.conftest import write_base_model
 
+NAMES = ("alder", "birch", "cedar")
 COMMAND = [str(Path(sys.executable).with_name("silotune-sim"))]
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -69,11 +71,11 @@ def with_tokenizer(model: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def own(tmp_path: Path, model: Path) -> Callable[..., list[str]]:
-    """Writes jsonl files of two institutions and returns the arguments that name them."""
+    """Writes jsonl files of three institutions and returns the arguments that name them."""
 
     def write(rows: Callable[[str, int], dict[str, Any]], *more: str, base: Path | None = None) -> list[str]:
         places = []
-        for name in ("alder", "birch"):
+        for name in NAMES:
             file = tmp_path / f"{name}.jsonl"
             found = [{"person": f"{name}-{n}", **rows(name, n)} for n in range(60)]
             file.write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -81,7 +83,6 @@ def own(tmp_path: Path, model: Path) -> Callable[..., list[str]]:
         settings = [
             f"model.path={base or model}",
             "evaluation.exact=[]",
-            "federation.min_cohort=2",
             "data.train_records=[]",
         ]
         return ["smoke", f"data.institutions=[{', '.join(places)}]", *settings, *more]
@@ -105,7 +106,7 @@ def test_a_generated_configuration_is_ready() -> None:
     result = check("smoke")
     assert result.exit_code == 0, told(result)
     assert told(result).endswith("smoke is ready")
-    assert "each institution sends 49.2 kB a round" in told(result)
+    assert re.search(r"each institution sends [\d.]+ kB a round and receives [\d.]+ kB", told(result))
     for name in ("riverside", "northgate", "lakeside"):
         assert f"{name}: the first training record, as the model sees it" in told(result)
 
@@ -143,10 +144,42 @@ def test_a_directory_is_checked_as_it_lies(own: Callable[..., list[str]], tmp_pa
     arguments = own(plain)
     split = CliRunner().invoke(simulations.main.app, ["data", *arguments, "--out", str(tmp_path / "split")])
     assert split.exit_code == 0, told(split)
-    there = [f"data.directory={tmp_path / 'split'}", "data.institutions=[alder, birch]", "data.train_records=[]"]
+    there = [f"data.directory={tmp_path / 'split'}", f"data.institutions=[{', '.join(NAMES)}]", "data.train_records=[]"]
     settings = [argument for argument in arguments[2:] if not argument.startswith("data.")]
     by_directory = json.loads(check("smoke", *there, *settings, "--json").stdout)
     assert by_directory == json.loads(check(*arguments, "--json").stdout)
+
+
+# --- What the federation hides
+
+
+def test_it_says_what_the_coordinator_learns_and_who_may_fall_silent() -> None:
+    said = told(check("smoke"))
+    assert "secure aggregation is on: of 3 institutions a round none may fall silent;" in said
+    found = json.loads(check("smoke", "--json").stdout)
+    assert found["secure_aggregation"] == {
+        "cohort": 3, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 0,
+    }  # fmt: skip
+    assert [note[:24] for note in found["notes"]] == ["secure aggregation is on"]
+
+
+def test_without_secure_aggregation_a_warning_stands() -> None:
+    off = "secure_aggregation.enabled=false"
+    assert told(check("smoke", off)).endswith("can read every update smoke can run; 1 warning stands")
+    found = json.loads(check("smoke", off, "--json").stdout)
+    assert found["warnings"] == ["secure aggregation is off: the coordinator can read every update"]
+    assert (found["ready"], found["secure_aggregation"], found["notes"]) == (False, None, [])
+
+
+def test_a_weight_that_is_cut_is_noted_with_the_unit_that_fits() -> None:
+    """16 records in units of 2 are 8, and three bits of weight end at 7."""
+    small = ("federation.weight_unit=2", "quantise.weight_bits=3", "--json")
+    _, *notes = json.loads(check("smoke", *small).stdout)["notes"]
+    assert [note.partition(":")[0] for note in notes] == ["riverside", "northgate", "lakeside"]
+    assert "its 16 training examples count as 14, the largest weight with federation.weight_unit = 2" in notes[0]
+    assert "federation.weight_unit=3 would fit all institutions" in notes[0]
+    for other in ("federation.weight_unit=3", "federation.weighting=uniform"):
+        assert len(json.loads(check("smoke", *small, other).stdout)["notes"]) == 1
 
 
 # --- What it warns of
@@ -159,7 +192,7 @@ def test_records_that_are_too_long(own: Callable[..., list[str]]) -> None:
     result = check(*own(long, "train.max_tokens=16", "train.overlap=4"))
     assert "records are longer than train.max_tokens = 16 and lose" in told(result)
     assert "of them lose tokens that are supervised. Raise train.max_tokens, or set train.long=chunk" in told(result)
-    assert told(result).endswith("smoke can run; 3 warnings stand")
+    assert told(result).endswith("smoke can run; 4 warnings stand")
     chunked = json.loads(
         check(*own(long, "train.max_tokens=16", "train.long=chunk", "train.overlap=4"), "--json").stdout
     )
@@ -175,7 +208,7 @@ def test_copies_and_persons_across_sets(own: Callable[..., list[str]], tmp_path:
     ]
 
     def copied(name: str, number: int) -> dict[str, Any]:
-        # The second institution has each text again, other in case and white space, under another person.
+        # The others have each text again, other in case and white space, under another person.
         return {"text": texts[number] if name == "alder" else f"  {texts[number].upper()}\n"}
 
     found = json.loads(check(*own(copied), "--json").stdout)
@@ -184,7 +217,7 @@ def test_copies_and_persons_across_sets(own: Callable[..., list[str]], tmp_path:
     assert any("repeat a training one word for word" in warning for warning in found["warnings"])
 
     def nearly(name: str, number: int) -> dict[str, Any]:
-        return {"text": texts[number] + (" again" if name == "birch" else "")}
+        return {"text": texts[number] + {"alder": "", "birch": " again", "cedar": " once more"}[name]}
 
     found = json.loads(check(*own(nearly), "--json").stdout)
     assert (found["copies"]["held_out"], found["copies"]["near"] > 10) == (0, True)
@@ -206,7 +239,7 @@ def test_a_person_in_two_sets_of_a_directory(own: Callable[..., list[str]], tmp_
     person = json.loads(train.read_text().splitlines()[0])["person"]
     lines = [json.loads(line) for line in test.read_text().splitlines()]
     test.write_text("".join(json.dumps({**line, "person": person}) + "\n" for line in lines))
-    there = [f"data.directory={tmp_path / 'split'}", "data.institutions=[alder, birch]", *arguments[2:]]
+    there = [f"data.directory={tmp_path / 'split'}", f"data.institutions=[{', '.join(NAMES)}]", *arguments[2:]]
     assert "persons with records in more than one of train, validation and test: 1" in told(check("smoke", *there))
 
 

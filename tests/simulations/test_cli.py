@@ -166,6 +166,8 @@ def test_ctrl_c_ends_with_130() -> None:
         (["run", "--resume", "somewhere", "--out", "elsewhere"], 2, "stands alone"),
         (["run", "hospital"], 2, "did you mean hospitals?"),
         (["run", "hospitals", "train.lr=1"], 2, "train.learning_rate"),
+        (["run", "hospitals", "federation.method=flora"], 2, "which secure aggregation hides"),
+        (["run", "smoke", "federation.min_cohort=2"], 2, "secure_aggregation.enabled=false"),
         (["tune", "smoke", "lora.rank=0"], 2, "lora.rank: found 0"),
         (["data", "smoke", "train.proximal=-1e-3", "--out", "out"], 2, "train.proximal: found -0.001"),
         (["data", "smoke", "odd", "=", "a=b=c", "--out", "out"], 2, "override 'odd'"),

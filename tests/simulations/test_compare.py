@@ -57,6 +57,7 @@ def test_an_arm_differs_from_the_federation_in_who_takes_part_and_in_what_was_tu
         tuned.train, batch_size=4, learning_rate=1e-3
     )
     assert mine.data.names == (arm,)
+    assert not mine.secure_aggregation.enabled  # a federation of one has nobody to hide from
     for same in ("lora", "model", "quantise", "seed"):
         assert getattr(mine, same) == getattr(tuned, same)
     assert (mine.evaluation.every, mine.evaluation.patience) == (tuned.evaluation.every, tuned.evaluation.patience)

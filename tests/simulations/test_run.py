@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from common import config_files
+from common.adapter import Adapter
 from common.evaluation import evaluate
 from common.models import load_adapter
 from server.coordinator import Bench, Observer, coordinate
+from server.rounds import Progress, RoundRecord
+from simulations import run
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
 from simulations.members import InProcessMembers
@@ -51,9 +54,12 @@ def test_the_summary_is_what_the_json_says_and_holds_every_promised_number(whole
     for name in summary["institutions"]:
         for arm in ("local", "federated"):
             assert summary["own"][name][arm]["perplexity"] > 1
-    assert set(summary["seconds"]) >= {"train", "aggregate", "evaluate", "total"}
-    up = summary["bytes_per_client_round"]["up"]
-    assert 4 * summary["parameters"]["adapter"] <= up <= 4 * summary["parameters"]["adapter"] + 200
+    assert set(summary["seconds"]) >= {"train", "secure_aggregation", "aggregate", "evaluate", "total"}
+    assert 0 < summary["secure_aggregation_share"] < 1
+    assert summary["privacy"]["secure_aggregation"] is True
+    terms = summary["privacy"]["terms"]
+    assert (terms["cohort"], terms["threshold"], terms["dropouts"]) == (3, 3, 0)
+    assert summary["bytes_per_client_round"]["up"] >= summary["parameters"]["adapter"] * terms["ring_bits"] / 8
     local, federated, pooled = (
         math.log(summary["everyone"][arm]["perplexity"]) for arm in ("local_best", "federated", "pooled")
     )
@@ -99,11 +105,13 @@ def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: t
     assert math.exp(loss / tokens) == pytest.approx(summary["everyone"]["federated"]["perplexity"], rel=1e-4)
 
 
-def test_one_process_gives_the_same_adapter_as_the_engine(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_one_process_without_masks_gives_the_same_adapter_as_the_engine_with_them(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     import torch
 
     out, _ = whole
-    config = config_files.load(str(out / "config.yaml"))
+    config = config_files.load(str(out / "config.yaml"), ["secure_aggregation.enabled=false"])
     (tmp_path / "data").symlink_to(out / "data")
     place = RunDirectory(tmp_path)
     threads = torch.get_num_threads()
@@ -158,9 +166,11 @@ def test_an_interrupt_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None
 def test_a_void_update_and_a_crash_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = silotune(
-        "run", "smoke", *PLAIN, "federation.rounds=1", "federation.min_cohort=2",
-        "simulation.faults=[riverside:nan,northgate:raise]", "--out", out, "--json",
+        "run", "smoke", *PLAIN, "federation.rounds=1", "data.institutions=[riverside,northgate,lakeside,summit]",
+        "data.train_records=[16,16,16,16]", "simulation.faults=[riverside:nan,northgate:raise]",
+        "--out", out, "--json",
     )  # fmt: skip
+    assert "of 4 institutions a round up to 1 may fall silent" in " ".join(done.stderr.split())
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["void_updates"] == 1
@@ -210,6 +220,50 @@ def test_bad_input_is_refused_in_words(arguments: list[str], code: int, says: st
     assert done.returncode == code, done.stderr
     assert says in "".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+# --- What the summary says of secure aggregation
+
+
+def record(**seconds: float) -> RoundRecord:
+    return RoundRecord(
+        round=1, contributors=3, void=0, refused={}, train_loss=None, institutions_perplexity=None, validation=None,
+        best=False, seconds=seconds, bytes_up=1, bytes_down=1,
+    )  # fmt: skip
+
+
+def progress(*records: RoundRecord) -> Progress:
+    return Progress(Adapter({}), Adapter({}), history=records)
+
+
+def test_seconds_are_summed_by_phase_and_an_older_round_took_none_of_a_newer_phase() -> None:
+    old, new = record(train=3.0, aggregate=1.0, evaluate=2.0), record(train=3.0, secure_aggregation=2.0, aggregate=1.0)
+    assert run._seconds(progress(old, new)) == {
+        "train": 6.0, "secure_aggregation": 2.0, "aggregate": 2.0, "evaluate": 2.0,
+    }  # fmt: skip
+    assert set(run._seconds(None).values()) == {0}
+
+
+def test_the_share_is_of_the_rounds_own_time_and_there_is_none_without_secure_aggregation() -> None:
+    timed = progress(record(train=3.0, secure_aggregation=2.0, aggregate=1.0, evaluate=2.0))
+    on, off = (config_files.load("smoke", [f"secure_aggregation.enabled={word}"]) for word in ("true", "false"))
+    assert run._share(on, timed) == 0.25
+    assert run._share(off, timed) is None
+    assert run._share(on, progress()) is None
+
+
+def test_the_numbers_are_those_of_the_institutions_that_took_part() -> None:
+    config = config_files.load("hospitals")
+    assert run._privacy(config, {}) == {
+        "secure_aggregation": True,
+        "mode": "none",
+        "terms": {
+            "cohort": 4, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 1, "ring_bits": 16 + 4 + 2,
+        },
+    }  # fmt: skip
+    assert run._privacy(config, {"summit": "base_model_differs"})["terms"]["dropouts"] == 0
+    off = config_files.load("hospitals", ["secure_aggregation.enabled=false"])
+    assert run._privacy(off, {}) == {"secure_aggregation": False, "mode": "none"}
 
 
 def _wait_for_a_round(out: Path, process: subprocess.Popen[Any]) -> None:

@@ -1,0 +1,125 @@
+"""An institution's part in secure aggregation: one attempt at a time, under one lock."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from client.marks import Marks
+from client.policy import Policy
+from common.errors import Refusal
+from common.fixed_point import Ring
+from common.messages import Plan
+from common.secagg import reasons
+from common.secagg.identity import Identity
+from common.secagg.messages import Consents, FromMember, Inbox, KeyList, Keys, Survivors, ToMember
+from common.secagg.participant import Participant, restore_in_simulation, snapshot_for_simulation
+from common.wire import plan_fields, read_plan
+
+
+@dataclass
+class _Session:
+    """The attempt under way. vector: this member's own, in the clear, which leaves only under masks."""
+
+    plan: Plan
+    participant: Participant
+    vector: Ring = field(repr=False)
+
+
+class SecureMember:
+    """Takes part in one attempt at a time; a plan that is accepted ends the attempt before it.
+
+    What a message may do depends on what came before it, and two may come at once, so everything happens under one
+    lock. Round secrets live in this object alone: a restart makes the member a dropout. simulated: whether `snapshot`
+    may take them out; never in deployment.
+    """
+
+    def __init__(
+        self, identity: Identity, policy: Policy, marks: Callable[[str], Path], simulated: bool = False
+    ) -> None:
+        self.identity = identity
+        self.policy = policy
+        self.simulated = simulated
+        self._marks = marks
+        self._lock = threading.Lock()
+        self._session: _Session | None = None
+
+    def begin(self, plan: Plan, parameters: int, update: Callable[[], Ring]) -> Keys:
+        """Checks a plan, trains, and answers with this attempt's keys.
+
+        update: computes the vector; it is not called again for a repeat of an attempt at the same sum. parameters: the
+        length of the update, from the adapter that came.
+
+        Raises what `Policy.accept` and `Marks.accept` raise; the attempt that was under way then stays.
+        """
+        with self._lock:
+            attempt = self.policy.accept(plan, self.identity.name, self.identity.public, parameters)
+            Marks(self._marks(plan.run)).accept(plan)
+            before = self._session
+            self._end()
+            same = before is not None and _same_update(before.plan, plan)
+            vector = before.vector if before is not None and same else update()
+            participant = Participant(attempt, self.identity, self.policy.roster, self.simulated)
+            self._session = _Session(plan, participant, vector)
+            return participant.keys()
+
+    def answer(self, request: ToMember) -> FromMember:
+        """Answers a message of the attempt under way.
+
+        Raises Refusal(attempt_unknown) for a message of any other attempt, and what the participant raises.
+        """
+        with self._lock:
+            session = self._session
+            if session is None or session.participant.attempt.plan != request.plan:
+                raise Refusal(reasons.ATTEMPT_UNKNOWN, "no such attempt is under way here")
+            participant = session.participant
+            match request:
+                case KeyList():
+                    return participant.on_key_list(request)
+                case Inbox():
+                    return participant.on_inbox(request, session.vector)
+                case Survivors():
+                    marks = Marks(self._marks(session.plan.run))
+                    adapter = session.plan.adapter_digest
+                    return participant.on_survivors(request, lambda names: marks.consent(adapter, names))
+                case Consents():
+                    return participant.on_consents(request)
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._session.participant.wipe()
+            self._session = None
+
+    # --- Simulation -------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> tuple[str, Ring]:
+        """The attempt under way and its vector, for an engine that plays this member in another process next.
+
+        Empty when there is none. Raises RuntimeError for a member that is not simulated.
+        """
+        if self._session is None:
+            return "", np.zeros(0, np.uint32)
+        secret = snapshot_for_simulation(self._session.participant)
+        return json.dumps({"plan": plan_fields(self._session.plan), "participant": secret}), self._session.vector
+
+    def restore(self, snapshot: tuple[str, Ring]) -> None:
+        """Goes on from a `snapshot`. Raises RuntimeError for a member that is not simulated."""
+        if not self.simulated:
+            raise RuntimeError("an attempt goes on in another process only in a simulation")
+        text, vector = snapshot
+        if text:
+            found = json.loads(text)
+            plan = read_plan(found["plan"])
+            participant = restore_in_simulation(found["participant"], plan.attempt, self.identity, self.policy.roster)
+            self._session = _Session(plan, participant, vector)
+
+
+def _same_update(before: Plan, now: Plan) -> bool:
+    """Whether a plan asks for the very vector that another one asked for: a repeat of an attempt at the same sum."""
+    asked = [(p.run, p.round, p.adapter_digest, p.settings, p.parameters, p.layout) for p in (before, now)]
+    return asked[0] == asked[1]
