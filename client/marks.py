@@ -17,6 +17,8 @@ from common.files import write_json
 from common.messages import Plan
 from common.secagg import reasons
 
+_FORM = {"attempt": int, "settings": str, "sums": dict}
+
 
 class Marks:
     """The marks of one run, in one file."""
@@ -59,23 +61,25 @@ class Marks:
         when the mark cannot be kept.
         """
         marks = self._read()
-        first = marks["sums"][adapter_digest]
+        first = marks["sums"].get(adapter_digest)
+        if first is None:
+            raise StorageError(f"{self._file} does not hold the attempt under way; restore it, or start a new run")
         if first["survivors"] not in (None, list(survivors)):
             raise Refusal(reasons.SURVIVORS_DIFFER, f"this member consented to the sum of {first['survivors']}")
         first["survivors"] = list(survivors)
         self._write(marks)
 
     def _read(self) -> dict[str, Any]:
-        if not self._file.exists():
-            return {"attempt": 0, "settings": "", "sums": {}}
         try:
-            marks = json.loads(self._file.read_text(encoding="utf-8"))
-            if set(marks) != {"attempt", "settings", "sums"}:
+            marks: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            if not isinstance(marks, dict) or {key: type(value) for key, value in marks.items()} != _FORM:
                 raise ValueError("expected attempt, settings and sums")
+        except FileNotFoundError:
+            return {"attempt": 0, "settings": "", "sums": {}}
         except (OSError, ValueError) as error:
             # Without its marks a member cannot know what it consented to, so it answers nothing.
             raise StorageError(f"{self._file} cannot be read: {error}; restore it, or start a new run") from error
-        return dict(marks)
+        return marks
 
     def _write(self, marks: dict[str, Any]) -> None:
         write_json(self._file, marks)

@@ -54,11 +54,12 @@ class Policy:
             raise Refusal(reasons.SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
         if secure.roster != self.roster.digest() or self.roster.keys.get(name) != public:
             raise Refusal(reasons.ROSTER_DIFFERS, "the coordinator holds another roster, or this one has another key")
-        if name not in plan.cohort or not set(plan.cohort) <= set(self.roster.keys):
+        in_order = list(plan.cohort) == sorted(set(plan.cohort))
+        if name not in plan.cohort or not set(plan.cohort) <= set(self.roster.keys) or not in_order:
             raise Refusal(reasons.COHORT_UNKNOWN, f"the cohort is {plan.cohort}")
         if len(plan.cohort) < max(self.smallest, secure.terms.survivors):
             raise Refusal(reasons.COHORT_TOO_SMALL, f"a cohort of {len(plan.cohort)}, agreed: {self.smallest}")
-        self._check_terms(secure)
+        self._check_terms(secure, len(plan.cohort))
         self._check_settings(plan)
         try:
             attempt = plan.attempt
@@ -73,14 +74,14 @@ class Policy:
             )
         return attempt
 
-    def _check_terms(self, secure: SecurePlan) -> None:
+    def _check_terms(self, secure: SecurePlan, invited: int) -> None:
         members = secure.terms.members
         try:
             agreed = Terms.of(members, self.colluders, self.smallest)
         except ConfigError as error:
             raise Refusal(reasons.TERMS_DIFFER, str(error)) from error
-        if secure.terms != agreed or members > len(self.roster.keys):
-            raise Refusal(reasons.TERMS_DIFFER, f"{secure.terms}, agreed: {agreed}")
+        if secure.terms != agreed or not invited <= members <= len(self.roster.keys):
+            raise Refusal(reasons.TERMS_DIFFER, f"{secure.terms} for a cohort of {invited}, agreed: {agreed}")
 
     def _check_settings(self, plan: Plan) -> None:
         settings = plan.settings

@@ -193,7 +193,10 @@ def _plain(value: Any) -> Any:
 def _bytes(text: Any) -> bytes:
     if not isinstance(text, str):
         raise ValueError(f"expected base64, found {type(text).__name__}")
-    return b64decode(text, validate=True)
+    found = b64decode(text, validate=True)
+    if b64encode(found).decode() != text:  # the last character has bits that decoding passes over
+        raise ValueError("expected base64 as it is written here")
+    return found
 
 
 def _name(text: str) -> str:

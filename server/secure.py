@@ -59,7 +59,7 @@ def collect_securely(
             left = tuple(name for name in invited if name not in attempt.refused)
             if len(left) >= attempt.needed:
                 invited = left
-                refused |= attempt.refused
+            refused |= attempt.refused
     raise RunStopped(
         f"round {plan.round}: {repeats + 1} attempts gave no sum; the last: {failure}. Each institution's own log says "
         "why; mend it there, then resume."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,9 @@ def bytes_per_round(config: Config, form: Form) -> dict[str, int]:
         adapter_digest=form.adapter.digest(),
         fingerprint=fingerprint(config.model.path),
         settings=Settings.of(config),
-        secure=None if terms is None else SecurePlan(1, "0" * 64, terms, 0, 0),
     )
+    if terms is not None:
+        plan = replace(plan, secure=SecurePlan(1, "0" * 64, terms, plan.layout.length, plan.layout.ring_bits))
     vector = pack(void(plan.layout), plan.layout.ring_bits)
     up: list[Request | Reply] = []
     down: list[Request | Reply] = [TrainRequest(plan, form.adapter)]

@@ -125,7 +125,8 @@ class VirtualInstitutions:
     def of(cls, config: Config, root: Path, identities: SimulatedIdentities | None = None) -> VirtualInstitutions:
         """All institutions of a run in the directory `root`."""
         short = replace(config, data=replace(config.data, institutions=[], train_records=[]))
-        return cls(short, config.data.names, root, identities)
+        # The very tuple that the identities hold: it is then sent once.
+        return cls(short, identities.names if identities else config.data.names, root, identities)
 
     @contextmanager
     def __call__(self, context: Context) -> Iterator[Institution]:

@@ -54,6 +54,17 @@ def test_everything_that_is_not_code_ships(installed: Installed) -> None:
     assert data | configs <= shipped
 
 
+def test_every_module_ships(installed: Installed) -> None:
+    shipped = set(zipfile.ZipFile(installed.wheel).namelist())
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("common", "client", "server", "simulations")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {"common/secagg/participant.py", "client/secure.py", "server/secure.py"} <= modules
+    assert modules <= shipped
+
+
 def test_nothing_else_ships(installed: Installed) -> None:
     folders = {name.partition("/")[0] for name in zipfile.ZipFile(installed.wheel).namelist()}
     assert folders == {"common", "client", "server", "simulations", "silotune-0.1.0.dist-info"}

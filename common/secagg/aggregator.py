@@ -90,7 +90,7 @@ class Aggregator:
         self._close(Phase.KEYS, len(self._keys))
         self._keys = dict(sorted(self._keys.items()))
         self._key_list = key_list_digest(self.attempt, self._keys)
-        return KeyList(self.attempt.plan, self._keys)
+        return KeyList(self.attempt.plan, dict(self._keys))
 
     # --- Shares ---------------------------------------------------------------------------------------------------
 
@@ -186,6 +186,7 @@ class Aggregator:
                 else:
                     self._take_pairs(name, secret, plus, minus)
             except ValueError as error:
+                self._forget()
                 raise AttemptFailed(f"a secret of {name} cannot be reconstructed: {error}") from error
         total = self._sum.total()
         add_masks(total, plus, minus)

@@ -94,7 +94,12 @@ class Participant:
         return self._identity.name
 
     def keys(self) -> Keys:
-        """The signed public keys of this attempt; the same whenever it is asked."""
+        """The signed public keys of this attempt; the same whenever it is asked.
+
+        Raises Refusal(attempt_over) once its secrets are wiped: keys that follow from zeros would be anyone's.
+        """
+        if self.phase is Phase.OVER:
+            raise Refusal(reasons.ATTEMPT_OVER, "this attempt ended here")
         attempt, mine = self.attempt, self._secrets
         unsigned = Keys(
             plan=attempt.plan,
@@ -125,7 +130,7 @@ class Participant:
 
         Raises Refusal(shares_unverified) for a sender that has no key, a missing or superfluous part, or a signature
         that is not the sender's under this very list of keys; shares_unreadable for what cannot be opened;
-        too_few_left.
+        vector_differs for a vector of another length; too_few_left.
         """
         with self._in(Phase.INBOX, message.plan):
             senders = sorted(message.sealed)
@@ -140,6 +145,8 @@ class Participant:
                 lower, higher = sorted((self.name, sender))
                 side = plus if lower == self.name else minus
                 side.append(self._stream_key("pairwise mask", seed, lower, higher))
+            if vector.shape != (self.attempt.layout.length,):
+                raise Refusal(reasons.VECTOR_DIFFERS, f"a vector of {vector.shape}, the layout has another length")
             masked = vector.copy()
             add_masks(masked, plus, minus)
             self._members = tuple(sorted((self.name, *senders)))

@@ -24,11 +24,13 @@ from common.config import (
     named,
 )
 from common.examples import examples_of
-from common.messages import Plan, Settings
+from common.messages import Plan, SecurePlan, Settings
 from common.methods import METHODS
 from common.models import LoraModel, load
 from common.randomness import seeded
 from common.records import Record, write_jsonl
+from common.secagg.identity import Roster
+from common.secagg.terms import Terms
 from common.text import Example
 
 torch.set_num_threads(1)
@@ -123,6 +125,14 @@ def make_plan(config: Config, adapter: Adapter, number: int = 1, cohort: Sequenc
         settings=Settings.of(config),
     )
     return replace(plan, **changes)
+
+
+def secured(plan: Plan, config: Config, roster: Roster, attempt: int = 1) -> Plan:
+    """The same plan as one for secure aggregation, on the terms that the configuration states."""
+    terms = Terms.of(len(plan.cohort), config.secure_aggregation.colluders, config.federation.min_cohort)
+    draft = replace(plan, secure=SecurePlan(attempt, roster.digest(), terms, 0, 0))
+    layout = draft.layout
+    return replace(plan, secure=SecurePlan(attempt, roster.digest(), terms, layout.length, layout.ring_bits))
 
 
 @pytest.fixture

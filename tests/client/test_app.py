@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from common.adapter import Adapter
 from common.base_model import fingerprint
 from common.config import Config
 from common.errors import DataError, Refusal
-from common.flower import HELLO, ROUND, from_records, to_records
+from common.flower import HELLO, ROUND, SECURE, from_records, to_records
 from common.messages import (
     DATA_UNREADABLE,
     INTERNAL_ERROR,
@@ -32,6 +33,8 @@ from common.messages import (
     Request,
     TrainRequest,
 )
+from common.secagg.messages import Consents, Inbox, KeyList, Survivors, ToMember
+from common.secagg.reasons import ATTEMPT_UNKNOWN
 from common.wire import Wire, from_wire, to_wire
 from tests.client.conftest import make_config, make_plan
 
@@ -87,7 +90,7 @@ def records(request: Request) -> RecordDict:
 
 
 def test_hello_is_answered_with_an_introduction(institution: Callable[..., Institution], base_model: str) -> None:
-    app = build_client_app(lambda _: institution())
+    app = build_client_app(lambda _: nullcontext(institution()))
     answer = ask(app, records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
     assert isinstance(answer, Introduction)
     assert answer.name == "alder"
@@ -98,7 +101,7 @@ def test_a_round_is_answered_as_the_institution_itself_would(
 ) -> None:
     member = institution()
     request = TrainRequest(make_plan(config, start), start)
-    answer = ask(build_client_app(lambda _: member), records(request))
+    answer = ask(build_client_app(lambda _: nullcontext(member)), records(request))
     direct = member.answer(request)
     assert isinstance(answer, Contribution)
     assert isinstance(direct, Contribution)
@@ -109,13 +112,60 @@ def test_a_round_is_answered_as_the_institution_itself_would(
 def test_the_institution_is_found_by_the_context(institution: Callable[..., Institution], base_model: str) -> None:
     seen: list[int | str] = []
 
-    def find(found: Context) -> Institution:
+    def find(found: Context) -> AbstractContextManager[Institution]:
         seen.append(found.node_config["partition-id"])
-        return institution("birch")
+        return nullcontext(institution("birch"))
 
     answer = ask(build_client_app(find), records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
     assert isinstance(answer, Introduction)
     assert (answer.name, seen) == ("birch", [0])
+
+
+def test_the_institution_is_left_after_every_message_and_before_the_reply(
+    institution: Callable[..., Institution], base_model: str
+) -> None:
+    told: list[str] = []
+
+    class Telling(Institution):
+        def answer(self, request: Request) -> Reply:
+            told.append(type(request).__name__)
+            return super().answer(request)
+
+    @contextmanager
+    def find(_: Context) -> Iterator[Institution]:
+        told.append("opened")
+        yield Telling(**vars(institution()))
+        told.append("left")
+
+    app = build_client_app(find)
+    for request, kind in ((Hello(PROTOCOL, fingerprint(base_model)), HELLO), (Survivors("0" * 64, ("alder",)), SECURE)):
+        ask(app, records(request), kind)
+    assert told == ["opened", "Hello", "left", "opened", "Survivors", "left"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [KeyList("0" * 64, {}), Inbox("0" * 64, {}), Survivors("0" * 64, ("alder",)), Consents("0" * 64, {})],
+    ids=lambda request: type(request).__name__,
+)
+def test_every_later_message_reaches_the_institution(
+    request_: ToMember, institution: Callable[..., Institution]
+) -> None:
+    app = build_client_app(lambda _: nullcontext(institution()))
+    assert ask(app, records(request_), SECURE) == Refused(ATTEMPT_UNKNOWN, "alder")
+
+
+@pytest.mark.parametrize("error", [RuntimeError(SECRET), OSError(28, SECRET)])
+def test_an_institution_that_cannot_be_left_is_a_reason_code(
+    error: Exception, institution: Callable[..., Institution], base_model: str
+) -> None:
+    @contextmanager
+    def find(_: Context) -> Iterator[Institution]:
+        yield institution()
+        raise error
+
+    answer = ask(build_client_app(find), records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
+    assert answer == Refused(INTERNAL_ERROR)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +182,7 @@ def test_the_institution_is_found_by_the_context(institution: Callable[..., Inst
 def test_an_institution_that_cannot_be_found_is_a_reason_code(
     error: Exception, reason: str, config: Config, start: Adapter
 ) -> None:
-    def fail(_: Context) -> Institution:
+    def fail(_: Context) -> AbstractContextManager[Institution]:
         raise error
 
     assert ask(build_client_app(fail), records(TrainRequest(make_plan(config, start), start))) == Refused(reason)
@@ -144,7 +194,7 @@ def test_an_exception_in_training_is_a_reason_code(
     def fail(*_: Any) -> Any:
         raise RuntimeError(SECRET)
 
-    app = build_client_app(lambda _: institution(spoil=fail))
+    app = build_client_app(lambda _: nullcontext(institution(spoil=fail)))
     answer = ask(app, records(TrainRequest(make_plan(config, start), start)))
     assert answer == Refused(INTERNAL_ERROR, "alder")
 
@@ -188,7 +238,7 @@ MALFORMED_CONTENT = [
 def test_malformed_content_is_a_reason_code(
     change: Callable[[Wire], RecordDict], institution: Callable[..., Institution], config: Config, start: Adapter
 ) -> None:
-    app = build_client_app(lambda _: institution())
+    app = build_client_app(lambda _: nullcontext(institution()))
     content = change(to_wire(TrainRequest(make_plan(config, start), start)))
     answer = ask(app, content)
     assert isinstance(answer, Refused)
@@ -198,7 +248,7 @@ def test_malformed_content_is_a_reason_code(
 
 @pytest.mark.parametrize("reply", [Refused(MALFORMED), Contribution("x", np.zeros(3, np.uint32))])
 def test_a_reply_where_a_request_is_expected_is_refused_before_an_institution_is_looked_for(reply: Reply) -> None:
-    def never(_: Context) -> Institution:
+    def never(_: Context) -> AbstractContextManager[Institution]:
         raise AssertionError("looked for an institution")
 
     assert ask(build_client_app(never), to_records(to_wire(reply))) == Refused(MALFORMED)
@@ -207,13 +257,15 @@ def test_a_reply_where_a_request_is_expected_is_refused_before_an_institution_is
 def test_an_error_in_place_of_content_is_a_reason_code(institution: Callable[..., Institution]) -> None:
     made = message(RecordDict())
     made.__dict__.update(_content=None, _error=Error(code=0, reason=SECRET))
-    answer = build_client_app(lambda _: institution())(made, context())
+    answer = build_client_app(lambda _: nullcontext(institution()))(made, context())
     assert from_wire(from_records(answer.content)) == Refused(INTERNAL_ERROR)
 
 
-def test_only_the_two_kinds_of_message_are_heard(institution: Callable[..., Institution], base_model: str) -> None:
-    app = build_client_app(lambda _: institution())
+def test_only_the_three_kinds_of_message_are_heard(institution: Callable[..., Institution], base_model: str) -> None:
+    app = build_client_app(lambda _: nullcontext(institution()))
     hello = records(Hello(PROTOCOL, fingerprint(base_model)))
+    for kind in (HELLO, ROUND, SECURE):
+        assert isinstance(ask(app, hello, kind), Introduction)
     for kind in ("evaluate", "train", "query", "train.other"):
         with pytest.raises(ValueError, match=r"No .* function registered") as raised:
             app(message(hello, kind), context())

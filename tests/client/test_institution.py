@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client.institution import Institution
+from client.policy import Policy
+from client.secure import SecureMember
 from client.state import LocalState
 from client.training import Assignment, Trained, train
 from common import fixed_point
@@ -24,7 +26,7 @@ from common.base_model import fingerprint
 from common.config import Config, EvaluationConfig, LoraConfig, ModelConfig, QuantiseConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal, StorageError
 from common.evaluation import evaluate
-from common.fixed_point import NATS
+from common.fixed_point import NATS, Ring
 from common.messages import (
     ADAPTER_DIGEST_DIFFERS,
     ADAPTER_DOES_NOT_FIT,
@@ -43,12 +45,23 @@ from common.messages import (
     Plan,
     Refused,
     Reply,
+    Request,
     TrainRequest,
 )
 from common.models import LoraModel
 from common.records import Record, write_jsonl
+from common.secagg.aggregator import Aggregator
+from common.secagg.identity import Identity, Roster
+from common.secagg.messages import Consents, Inbox, KeyList, Keys, Survivors, ToMember
+from common.secagg.reasons import (
+    ATTEMPT_OLD,
+    ATTEMPT_UNKNOWN,
+    ROSTER_DIFFERS,
+    SECURE_AGGREGATION_REQUIRED,
+    VECTOR_DIFFERS,
+)
 from common.wire import to_wire
-from tests.client.conftest import NAMES, make_config, make_plan, make_records, tokenised, write_base_model
+from tests.client.conftest import NAMES, make_config, make_plan, make_records, secured, tokenised, write_base_model
 
 Make = Callable[..., Institution]
 SLOW_FIXTURE = [HealthCheck.function_scoped_fixture]
@@ -65,6 +78,17 @@ def bytes_of(reply: Reply) -> bytes:
     wire = to_wire(reply)
     arrays = b"".join(name.encode() + array.tobytes() for name, array in wire.arrays.items())
     return wire.kind.encode() + wire.text.encode() + arrays
+
+
+def vector_of(answer: Reply, plan: Plan) -> Ring:
+    """The vector in a contribution, whose wire form has k bits an element."""
+    assert isinstance(answer, Contribution)
+    return fixed_point.unpack(answer.vector, plan.layout.length, plan.layout.ring_bits)
+
+
+def summed(answer: Reply, plan: Plan) -> fixed_point.Decoded:
+    """What a coordinator would read if this were the only contribution."""
+    return fixed_point.decode(vector_of(answer, plan), plan.layout, members=1)
 
 
 def files_below(directory: Path) -> dict[str, bytes]:
@@ -285,11 +309,12 @@ def test_the_vector_holds_update_weight_and_sums_and_nothing_else(
     institution: Make, config: Config, start: Adapter, lora_model: LoraModel
 ) -> None:
     member = institution()
+    config = replace(config, quantise=QuantiseConfig(bits=20, weight_bits=4))  # fine, to see a wrong element
     plan = make_plan(config, start)
     answer = member.answer(TrainRequest(plan, start))
     assert isinstance(answer, Contribution)
     assert answer.plan_digest == plan.digest()
-    found = fixed_point.decode(answer.vector, plan.layout)
+    found = summed(answer, plan)
     trained, records = expected_round(member, lora_model, config, start)
     validation = tokenised(make_records(3, "alder-validation"), lora_model)
     lora_model.write(start)
@@ -297,6 +322,7 @@ def test_the_vector_holds_update_weight_and_sums_and_nothing_else(
     assert dict(found.counters) == {
         "weight": records,
         "void": 0,
+        "members": 1,
         "train_loss": round(trained.loss * NATS),
         "train_tokens": trained.tokens,
         "validation_loss": round(scores.loss * NATS),
@@ -315,12 +341,39 @@ def test_weights_are_uniform_or_follow_the_records(institution: Make, config: Co
         plan = make_plan(replace(config, federation=replace(config.federation, **federation)), start)
         answer = member.answer(TrainRequest(plan, start))
         assert isinstance(answer, Contribution)
-        return fixed_point.decode(answer.vector, plan.layout).weight
+        return summed(answer, plan).weight
 
     assert weight(weighting="uniform") == 1
     assert weight(weighting="records", weight_unit=1) == 12
     assert weight(weighting="records", weight_unit=5) == 2
     assert weight(weighting="records", weight_unit=100) == 1
+
+
+def test_a_weight_has_an_upper_limit_and_whoever_reaches_it_is_told_at_home(
+    institution: Make, config: Config, start: Adapter, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = institution(records=40)
+
+    def weight(unit: int) -> int:
+        caplog.clear()
+        plan = make_plan(replace(config, federation=replace(config.federation, weight_unit=unit)), start)
+        return summed(member.answer(TrainRequest(plan, start)), plan).weight
+
+    assert weight(2) == 15  # 2^weight_bits - 1
+    assert "40 records weigh as 30 only; a larger federation.weight_unit would count them all" in caplog.text
+    assert weight(3) == 13
+    assert "weigh as" not in caplog.text
+
+
+def test_a_contribution_takes_no_more_bits_than_the_sum_needs(
+    institution: Make, config: Config, start: Adapter
+) -> None:
+    plan = make_plan(config, start)
+    assert plan.layout.ring_bits == 16 + 4 + 2
+    answer = institution().answer(TrainRequest(plan, start))
+    assert isinstance(answer, Contribution)
+    assert answer.vector.nbytes <= plan.layout.length * 22 / 8 + 4 * 22
+    assert int(vector_of(answer, plan).max()) < 1 << 22
 
 
 def test_without_evaluation_at_institutions_no_validation_record_is_read(
@@ -331,7 +384,7 @@ def test_without_evaluation_at_institutions_no_validation_record_is_read(
     plan = make_plan(replace(config, evaluation=EvaluationConfig(exact=[], institutions=False)), start)
     answer = member.answer(TrainRequest(plan, start))
     assert isinstance(answer, Contribution)
-    counters = fixed_point.decode(answer.vector, plan.layout).counters
+    counters = summed(answer, plan).counters
     assert (counters["validation_loss"], counters["validation_tokens"]) == (0, 0)
     assert counters["train_tokens"] > 0
 
@@ -357,7 +410,7 @@ def test_the_moments_of_the_round_before_are_used(
     member.answer(TrainRequest(make_plan(config, start), start))
     answer = member.answer(TrainRequest(plan, start))
     assert isinstance(answer, Contribution)
-    found = fixed_point.decode(answer.vector, plan.layout).update / records
+    found = summed(answer, plan).update / records
     begin = flatten(start.factors, start.factors)
     update = flatten(second.adapter.factors, start.factors) - begin
     np.testing.assert_allclose(found, update, rtol=0, atol=plan.layout.error * (1 + 1e-9))
@@ -391,11 +444,135 @@ def test_a_changed_file_of_records_is_read_again(institution: Make, config: Conf
     def weight() -> int:
         answer = member.answer(TrainRequest(plan, start))
         assert isinstance(answer, Contribution)
-        return fixed_point.decode(answer.vector, plan.layout).weight
+        return summed(answer, plan).weight
 
     assert weight() == 6
     write_jsonl(member.data / "train.jsonl", make_records(8, "alder"))
     assert weight() == 8
+
+
+# ---- secure aggregation --------------------------------------------------------------------------------------------
+
+
+IDENTITIES = tuple(Identity.generate(name) for name in NAMES)
+EVERYBODY = Roster.of(*IDENTITIES)
+
+
+def with_secure(member: Institution, config: Config, roster: Roster = EVERYBODY) -> Institution:
+    """The same institution with a part in secure aggregation, on the terms that the configuration states."""
+    identity = next(identity for identity in IDENTITIES if identity.name == member.name)
+    secure = SecureMember(identity, Policy.of(config, roster), lambda run: member.home / run / "marks.json")
+    return replace(member, secure=secure)
+
+
+def test_a_plan_in_the_clear_is_refused_before_anything_is_trained(
+    institution: Make, config: Config, start: Adapter
+) -> None:
+    member = with_secure(institution(), config)
+    assert member.answer(TrainRequest(make_plan(config, start), start)) == Refused(SECURE_AGGREGATION_REQUIRED, "alder")
+    assert files_below(member.home) == {}
+
+
+def test_without_a_part_in_it_a_plan_for_secure_aggregation_is_refused_before_anything_is_trained(
+    institution: Make, config: Config, start: Adapter
+) -> None:
+    member = institution()
+    plan = secured(make_plan(config, start), config, EVERYBODY)
+    assert member.answer(TrainRequest(plan, start)) == Refused(ROSTER_DIFFERS, "alder")
+    assert files_below(member.home) == {}
+
+
+@pytest.mark.parametrize("kind", [KeyList, Inbox, Consents])
+def test_without_an_attempt_under_way_its_messages_are_refused(
+    kind: Callable[[str, dict[str, Any]], ToMember], institution: Make, config: Config
+) -> None:
+    for member in (institution(), with_secure(institution(), config)):
+        assert member.answer(kind("0" * 64, {})) == Refused(ATTEMPT_UNKNOWN, "alder")
+        assert member.answer(Survivors("0" * 64, NAMES)) == Refused(ATTEMPT_UNKNOWN, "alder")
+
+
+def test_what_is_wrong_with_the_adapter_or_the_round_is_told_before_the_attempt_counts(
+    institution: Make, config: Config, start: Adapter
+) -> None:
+    member = with_secure(institution(), config)
+    plan = secured(make_plan(config, start), config, EVERYBODY)
+    wrong = [
+        (TrainRequest(plan, moved(start)), ADAPTER_DIGEST_DIFFERS),
+        (TrainRequest(replace(plan, cohort=("birch", "cedar")), start), NOT_INVITED),
+        (TrainRequest(replace(plan, round=4), start), MALFORMED),
+        (TrainRequest(replace(plan, run="../else"), start), MALFORMED),
+        (TrainRequest(replace(plan, parameters=plan.parameters + 1), start), VECTOR_DIFFERS),
+    ]
+    for request, reason in wrong:
+        assert member.answer(request) == Refused(reason, "alder")
+        assert files_below(member.home) == {}
+    assert isinstance(member.answer(TrainRequest(plan, start)), Keys)
+
+
+def play_attempt(members: dict[str, Institution], plan: Plan, start: Adapter) -> tuple[Ring, list[Reply]]:
+    """One attempt from plan to sum, as an honest coordinator has it; and every answer."""
+    aggregator = Aggregator(plan.attempt, EVERYBODY)
+    answers: list[Reply] = []
+
+    def ask(requests: Mapping[str, Request], take: Callable[[str, Any], None]) -> None:
+        for name, request in requests.items():
+            answers.append(members[name].answer(request))
+            take(name, answers[-1])
+
+    ask(dict.fromkeys(members, TrainRequest(plan, start)), aggregator.on_keys)
+    ask(dict.fromkeys(members, aggregator.key_list()), aggregator.on_shares)
+    ask(aggregator.inboxes(), aggregator.on_masked)
+    ask(dict.fromkeys(members, aggregator.survivors()), aggregator.on_consent)
+    ask(dict.fromkeys(members, aggregator.consents()), aggregator.on_revealed)
+    return aggregator.unmask(), answers
+
+
+def test_the_sum_is_that_of_the_vectors_in_the_clear_and_none_of_them_leaves(
+    institution: Make, config: Config, start: Adapter, tmp_path: Path
+) -> None:
+    plan = secured(make_plan(config, start), config, EVERYBODY)
+    in_clear = make_plan(config, start)
+    vectors = {
+        name: vector_of(institution(name, home=tmp_path / "clear" / name).answer(TrainRequest(in_clear, start)), plan)
+        for name in NAMES
+    }
+    members = {name: with_secure(institution(name), config) for name in NAMES}
+    total, answers = play_attempt(members, plan, start)
+    expected = np.sum(list(vectors.values()), axis=0, dtype=np.uint32) & np.uint32(plan.layout.ring_mask)
+    assert np.array_equal(total, expected)
+    assert len(answers) == 5 * len(NAMES)
+    sent = b"".join(bytes_of(answer) for answer in answers)
+    for vector in vectors.values():
+        packed = fixed_point.pack(vector, plan.layout.ring_bits).tobytes()
+        assert all(packed[place : place + 16] not in sent for place in range(0, len(packed) - 16, 16))
+
+
+def test_a_repeat_has_fresh_keys_and_the_same_vector_without_another_training(
+    institution: Make, config: Config, start: Adapter
+) -> None:
+    members = {name: with_secure(institution(name), config) for name in NAMES}
+    plan = make_plan(config, start)
+    one, first = play_attempt(members, secured(plan, config, EVERYBODY, 1), start)
+    other, second = play_attempt(members, secured(plan, config, EVERYBODY, 2), start)
+    assert np.array_equal(one, other)
+    assert not {bytes_of(answer) for answer in first} & {bytes_of(answer) for answer in second}
+    for member in members.values():
+        assert len((member.home / plan.run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_training_that_fails_ends_the_attempt_and_the_next_one_can_begin(
+    institution: Make, config: Config, start: Adapter
+) -> None:
+    def fail(trained: Trained, plan: Plan) -> Trained:
+        raise RuntimeError("the record of QXZQXZ")
+
+    member = with_secure(institution(), config)
+    failing = replace(member, spoil=fail)
+    plans = [secured(make_plan(config, start), config, EVERYBODY, attempt) for attempt in (1, 2)]
+    assert failing.answer(TrainRequest(plans[0], start)) == Refused(INTERNAL_ERROR, "alder")
+    assert failing.answer(KeyList(plans[0].digest(), {})) == Refused(ATTEMPT_UNKNOWN, "alder")
+    assert member.answer(TrainRequest(plans[0], start)) == Refused(ATTEMPT_OLD, "alder")
+    assert isinstance(member.answer(TrainRequest(plans[1], start)), Keys)
 
 
 # ---- void updates --------------------------------------------------------------------------------------------------
@@ -430,9 +607,9 @@ def test_an_unusable_update_leaves_as_zeros_and_is_forgotten_at_home(
     plan = make_plan(config, start)
     answer = replace(member, spoil=spoil).answer(TrainRequest(plan, start))
     assert isinstance(answer, Contribution)
-    found = fixed_point.decode(answer.vector, plan.layout)
+    found = summed(answer, plan)
     assert not found.update.any()
-    assert dict(found.counters) == {**dict.fromkeys(found.counters, 0), "void": 1}
+    assert dict(found.counters) == {**dict.fromkeys(found.counters, 0), "void": 1, "members": 1}
     assert not (member.home / plan.run / "state").exists()
     (line,) = (member.home / plan.run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["void"] is True
@@ -463,7 +640,7 @@ def test_a_global_adapter_that_is_not_finite_gives_a_void_vector(
     plan = make_plan(config, broken)
     answer = institution().answer(TrainRequest(plan, broken))
     assert isinstance(answer, Contribution)
-    assert np.array_equal(answer.vector, fixed_point.void(plan.layout))
+    assert np.array_equal(vector_of(answer, plan), fixed_point.void(plan.layout))
 
 
 # ---- what stays ----------------------------------------------------------------------------------------------------
@@ -582,7 +759,7 @@ def test_a_record_longer_than_max_tokens_still_trains(institution: Make, config:
     answer = member.answer(TrainRequest(make_plan(config, start), start))
     assert isinstance(answer, Contribution)
     plan = make_plan(config, start)
-    assert fixed_point.decode(answer.vector, plan.layout).counters["train_tokens"] == 2 * 47
+    assert summed(answer, plan).counters["train_tokens"] == 2 * 47
 
 
 def test_a_fresh_load_gives_the_same_vector(institution: Make, config: Config, start: Adapter) -> None:

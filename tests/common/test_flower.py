@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from common.errors import Refusal
 from common.flower import from_records, to_records
 from common.messages import MALFORMED, Contribution
+from common.secagg.messages import Sealed, Shares
 from common.wire import ARRAY, Wire, from_wire, to_wire
 
 VECTOR = np.arange(7, dtype=np.uint32)
@@ -56,6 +57,11 @@ def test_a_wire_comes_back_as_it_was() -> None:
     assert found.arrays[ARRAY].dtype == np.uint32
     assert found.arrays[ARRAY].tobytes() == VECTOR.tobytes()
     assert from_wire(from_records(with_array(npy(VECTOR)))).vector.tolist() == VECTOR.tolist()  # type: ignore[union-attr]
+
+
+def test_a_message_without_arrays_comes_back_as_it_was() -> None:
+    message = Shares("digest", {"birch": Sealed(b"\x00\xff", b"", b"\x80" * 64)})
+    assert from_wire(from_records(to_records(to_wire(message)))) == message
 
 
 def test_arrays_travel_as_arrays() -> None:

@@ -10,10 +10,17 @@ import pytest
 from common.base_model import Fingerprint
 from common.config import Config, FederationConfig, LoraConfig, QuantiseConfig, TrainConfig
 from common.errors import ConfigError
-from common.messages import REASONS, Plan, Settings, built
+from common.messages import PROTOCOL, REASONS, Plan, SecurePlan, Settings, built
+from common.secagg import reasons as secagg_reasons
+from common.secagg.terms import Terms
 
 SETTINGS = Settings.of(Config(seed=7))
 PLAN = Plan("run-1", 2, ("north", "south"), 12, "ab" * 32, Fingerprint("c", "w", "t"), SETTINGS)
+SECURE = replace(
+    PLAN,
+    cohort=("east", "north", "south", "west"),
+    secure=SecurePlan(3, "cd" * 32, Terms.of(5, 1, 3), length=42, ring_bits=23),
+)
 
 
 def test_settings_are_taken_from_the_configuration() -> None:
@@ -100,6 +107,8 @@ def other_values(value: object) -> object:
             return value[::-1]
         case int():
             return value + 1
+        case None:
+            return SECURE.secure
         case _:
             return f"{value}x"
 
@@ -108,6 +117,52 @@ def other_values(value: object) -> object:
 def test_the_digest_covers_every_field_of_a_plan(name: str) -> None:
     assert PLAN.digest() == replace(PLAN).digest()
     assert replace(PLAN, **{name: other_values(getattr(PLAN, name))}).digest() != PLAN.digest()
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SecurePlan)])
+def test_the_digest_covers_every_field_of_secure_aggregation(name: str) -> None:
+    assert SECURE.secure is not None
+    value = getattr(SECURE.secure, name)
+    other = Terms.of(7, 1, 3) if isinstance(value, Terms) else other_values(value)
+    assert replace(SECURE, secure=replace(SECURE.secure, **{name: other})).digest() != SECURE.digest()
+
+
+@pytest.mark.parametrize(
+    "other", [Terms.of(6, 1, 3), Terms(5, 1, 5, 3), Terms.of(5, 1, 4), Terms(5, 2, 4, 4), Terms(5, 1, 4, 4)]
+)
+def test_the_digest_covers_all_terms(other: Terms) -> None:
+    assert SECURE.secure is not None
+    assert replace(SECURE, secure=replace(SECURE.secure, terms=other)).digest() != SECURE.digest()
+
+
+def test_an_attempt_is_bound_to_the_whole_plan() -> None:
+    assert SECURE.secure is not None
+    attempt = SECURE.attempt
+    assert (attempt.run, attempt.round, attempt.attempt) == ("run-1", 2, 3)
+    assert (attempt.plan, attempt.cohort) == (SECURE.digest(), SECURE.cohort)
+    assert (attempt.terms, attempt.layout) == (SECURE.secure.terms, SECURE.layout)
+    again = replace(SECURE, secure=replace(SECURE.secure, attempt=4))
+    assert again.attempt.plan != attempt.plan
+    assert replace(SECURE, adapter_digest="ef" * 32).attempt.plan != attempt.plan
+
+
+def test_a_plan_in_the_clear_has_no_attempts() -> None:
+    with pytest.raises(ConfigError, match="a plan without secure aggregation has no attempts"):
+        _ = PLAN.attempt
+
+
+@pytest.mark.parametrize(
+    ("cohort", "said"),
+    [
+        (("north", "east", "south", "west"), "in order"),
+        (("east", "east", "south", "west"), "in order"),
+        (("east", "north", "south"), "expected a cohort of 4 to 5 members, found 3"),
+        (("a", "b", "c", "d", "e", "f"), "expected a cohort of 4 to 5 members, found 6"),
+    ],
+)
+def test_a_cohort_that_does_not_fit_the_terms_has_no_attempt(cohort: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        _ = replace(SECURE, cohort=cohort).attempt
 
 
 @pytest.mark.parametrize("section", ["lora", "train", "quantise"])
@@ -122,12 +177,18 @@ def test_the_digest_covers_every_setting(section: str) -> None:
 def test_the_layout_follows_from_the_plan() -> None:
     layout = PLAN.layout
     assert (layout.parameters, layout.members) == (12, 2)
-    assert (layout.clip, layout.bits, layout.weight_bits) == (1.0, 20, 8)
+    assert (layout.clip, layout.bits, layout.weight_bits) == (1.0, 16, 4)
     wide = replace(PLAN, settings=replace(SETTINGS, quantise=QuantiseConfig(bits=25, weight_bits=8)))
     with pytest.raises(ConfigError, match="need 34 bits"):
         _ = wide.layout
     with pytest.raises(ConfigError, match="1 institution"):
         _ = replace(PLAN, cohort=()).layout
+
+
+def test_a_repeat_with_fewer_members_keeps_the_layout_of_the_first_attempt() -> None:
+    """Else the same vector could not be sent again."""
+    assert SECURE.layout.members == 5
+    assert replace(SECURE, cohort=(*SECURE.cohort, "west-2")).layout == SECURE.layout
 
 
 def test_built_takes_all_fields_of_their_types_and_no_others() -> None:
@@ -143,4 +204,15 @@ def test_built_takes_all_fields_of_their_types_and_no_others() -> None:
 
 def test_reason_codes_are_single_words() -> None:
     assert all(reason.replace("_", "").isalpha() and reason.islower() for reason in REASONS)
-    assert len(REASONS) == 10
+    assert len(REASONS) == 28
+    assert secagg_reasons.REASONS < REASONS
+
+
+def test_there_is_one_code_for_each_thing_that_can_be_refused() -> None:
+    codes = [value for name, value in vars(secagg_reasons).items() if name.isupper() and name != "REASONS"]
+    assert sorted(codes) == sorted(secagg_reasons.REASONS)
+
+
+def test_the_protocol_is_the_second() -> None:
+    """A member that speaks another one is told so at Hello, and nothing else is tried."""
+    assert PROTOCOL == 2

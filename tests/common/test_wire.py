@@ -21,6 +21,7 @@ from common.errors import Refusal
 from common.flower import from_records, to_records
 from common.messages import (
     MALFORMED,
+    PROTOCOL,
     REASONS,
     Contribution,
     Hello,
@@ -29,9 +30,23 @@ from common.messages import (
     Refused,
     Reply,
     Request,
+    SecurePlan,
     Settings,
     TrainRequest,
 )
+from common.secagg.messages import (
+    Consent,
+    Consents,
+    Inbox,
+    KeyList,
+    Keys,
+    MaskedInput,
+    Revealed,
+    Sealed,
+    Shares,
+    Survivors,
+)
+from common.secagg.terms import Terms, smallest_cohort
 from common.wire import ARRAY, Wire, from_wire, to_wire
 
 Message = Request | Reply
@@ -60,6 +75,23 @@ settings_ = st.builds(
     train=st.builds(TrainConfig, passes_per_round=positive, learning_rate=positive, warmup=shares),
     quantise=st.builds(QuantiseConfig, clip=positive, bits=st.integers(2, 30), weight_bits=st.integers(1, 29)),
 )
+
+
+@st.composite
+def terms(draw: st.DrawFn) -> Terms:
+    colluders = draw(st.integers(1, 5))
+    members = draw(st.integers(smallest_cohort(colluders), 300))
+    return Terms.of(members, colluders, draw(st.integers(smallest_cohort(colluders), members)))
+
+
+secure_plans = st.builds(
+    SecurePlan,
+    attempt=st.integers(1, 10**6),
+    roster=texts,
+    terms=terms(),
+    length=versions,
+    ring_bits=versions,
+)
 plans = st.builds(
     Plan,
     run=words,
@@ -69,10 +101,25 @@ plans = st.builds(
     adapter_digest=texts,
     fingerprint=fingerprints,
     settings=settings_,
+    secure=st.none() | secure_plans,
 )
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=4))
 adapters = st.builds(Adapter, st.dictionaries(texts, matrices, max_size=4))
 vectors = hnp.arrays(np.uint32, st.integers(0, 50))
+parts = st.binary(max_size=40)
+keys = st.builds(Keys, texts, parts, parts, parts, parts)
+sealed = st.dictionaries(words, st.builds(Sealed, parts, parts, parts), max_size=4)
+secure_messages = st.one_of(
+    keys,
+    st.builds(KeyList, texts, st.dictionaries(words, keys, max_size=4)),
+    st.builds(Shares, texts, sealed),
+    st.builds(Inbox, texts, sealed),
+    st.builds(MaskedInput, texts, vectors),
+    st.builds(Survivors, texts, st.lists(words, max_size=5).map(tuple)),
+    st.builds(Consent, texts, parts),
+    st.builds(Consents, texts, st.dictionaries(words, parts, max_size=4)),
+    st.builds(Revealed, texts, st.dictionaries(words, parts, max_size=4)),
+)
 messages = st.one_of(
     st.builds(Hello, versions, fingerprints),
     st.builds(Introduction, words, versions, words, fingerprints),
@@ -84,6 +131,7 @@ messages = st.one_of(
         st.one_of(st.just(""), words),
         st.lists(st.sampled_from(Fingerprint.PARTS), unique=True).map(tuple),
     ),
+    secure_messages,
 )
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
@@ -93,14 +141,44 @@ anything = st.recursive(
 
 FINGERPRINT = Fingerprint("c", "w", "t")
 ADAPTER = Adapter({"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.zeros((4, 2))})
-PLAN = Plan("run-1", 2, ("north", "south"), 14, ADAPTER.digest(), FINGERPRINT, Settings.of(Config(seed=7)))
+PLAN = Plan(
+    "run-1",
+    2,
+    ("north", "south", "west"),
+    14,
+    ADAPTER.digest(),
+    FINGERPRINT,
+    Settings.of(Config(seed=7)),
+    SecurePlan(3, "cd" * 32, Terms.of(4, 1, 3), 40, 22),
+)
+KEYS = Keys(PLAN.digest(), b"share key", b"mask key", b"commitment", bytes(64))
+SEALED = Sealed(b"shares", b"pair seed", bytes(64))
 EXAMPLES: dict[str, Message] = {
-    "Hello": Hello(1, FINGERPRINT),
-    "Introduction": Introduction("north", 1, "0.1.0", FINGERPRINT),
+    "Hello": Hello(PROTOCOL, FINGERPRINT),
+    "Introduction": Introduction("north", PROTOCOL, "0.1.0", FINGERPRINT),
     "TrainRequest": TrainRequest(PLAN, ADAPTER),
     "Contribution": Contribution(PLAN.digest(), np.arange(5, dtype=np.uint32)),
     "Refused": Refused("base_model_differs", "north", ("weights",)),
+    "Keys": KEYS,
+    "KeyList": KeyList(PLAN.digest(), {"north": KEYS, "south": replace(KEYS, share_key=b"another")}),
+    "Shares": Shares(PLAN.digest(), {"south": SEALED}),
+    "Inbox": Inbox(PLAN.digest(), {"north": SEALED, "west": replace(SEALED, pair=b"")}),
+    "MaskedInput": MaskedInput(PLAN.digest(), np.arange(5, dtype=np.uint32)),
+    "Survivors": Survivors(PLAN.digest(), ("north", "south", "west")),
+    "Consent": Consent(PLAN.digest(), bytes(64)),
+    "Consents": Consents(PLAN.digest(), {"north": bytes(64), "south": b"\xff" * 64}),
+    "Revealed": Revealed(PLAN.digest(), {"north": bytes(66), "south": b"\xff" * 66}),
 }
+# What members and coordinator say to each other in secure aggregation, by the field that names who it is from or for.
+BY_NAME = {
+    "KeyList": "keys",
+    "Shares": "sealed",
+    "Inbox": "sealed",
+    "Consents": "signatures",
+    "Revealed": "shares",
+}
+SECURE = ("Keys", "KeyList", "Shares", "Inbox", "MaskedInput", "Survivors", "Consent", "Consents", "Revealed")
+ALIKE = {("Shares", "Inbox"), ("Inbox", "Shares")}  # of one form; which it is decides who may say it to whom
 
 
 def same(one: Message, other: Message) -> bool:
@@ -110,6 +188,10 @@ def same(one: Message, other: Message) -> bool:
             return one.plan == other.plan and one.adapter.digest() == other.adapter.digest()
         case Contribution(), Contribution():
             return one.plan_digest == other.plan_digest and (
+                (one.vector.dtype, one.vector.tobytes()) == (other.vector.dtype, other.vector.tobytes())
+            )
+        case MaskedInput(), MaskedInput():
+            return one.plan == other.plan and (
                 (one.vector.dtype, one.vector.tobytes()) == (other.vector.dtype, other.vector.tobytes())
             )
     return one == other
@@ -164,6 +246,41 @@ def test_a_contribution_is_one_array_and_a_digest() -> None:
     assert wire.arrays[ARRAY].dtype == np.uint32
 
 
+def test_a_masked_input_is_one_array_and_the_plan_that_it_belongs_to() -> None:
+    wire = to_wire(EXAMPLES["MaskedInput"])
+    assert json.loads(wire.text) == {"plan": PLAN.digest()}
+    assert list(wire.arrays) == [ARRAY]
+    assert wire.arrays[ARRAY].dtype == np.uint32
+
+
+@pytest.mark.parametrize("secure", [PLAN.secure, None])
+def test_a_plan_travels_with_and_without_secure_aggregation(secure: SecurePlan | None) -> None:
+    plan = replace(PLAN, secure=secure)
+    found = from_wire(to_wire(TrainRequest(plan, ADAPTER)))
+    assert isinstance(found, TrainRequest)
+    assert found.plan == plan
+    assert found.plan.digest() == plan.digest()
+
+
+@pytest.mark.parametrize("kind", SECURE)
+def test_nothing_of_secure_aggregation_is_read_as_bytes_that_it_was_not(kind: str) -> None:
+    """Signatures are over bytes, so not one may change on the way; large ones and empty ones neither."""
+    long = bytes(range(256)) * 20
+    changes: dict[str, dict[str, Any]] = {
+        "Keys": {"share_key": long, "signature": b""},
+        "KeyList": {"keys": {"north": replace(KEYS, mask_key=long)}},
+        "Shares": {"sealed": {"north": Sealed(long, b"", long)}},
+        "Inbox": {"sealed": {}},
+        "MaskedInput": {"vector": np.zeros(0, np.uint32)},
+        "Survivors": {"names": ()},
+        "Consent": {"signature": long},
+        "Consents": {"signatures": {"north": b"", "south": long}},
+        "Revealed": {"shares": {"north": long}},
+    }
+    message = replace(EXAMPLES[kind], **changes[kind])
+    assert same(from_wire(to_wire(message)), message)
+
+
 # --- What to_wire does not write -----------------------------------------------------------------------------------
 
 
@@ -183,8 +300,13 @@ def test_text_of_another_form_is_malformed(kind: str, text: str) -> None:
 @pytest.mark.parametrize("kind", EXAMPLES)
 @pytest.mark.parametrize("other", EXAMPLES)
 def test_a_message_under_another_name_is_malformed(kind: str, other: str) -> None:
-    if kind != other:
+    if kind != other and (kind, other) not in ALIKE:
         assert_malformed(replace(to_wire(EXAMPLES[kind]), kind=other))
+
+
+@pytest.mark.parametrize(("kind", "other"), sorted(ALIKE))
+def test_a_message_of_the_same_form_is_what_its_name_says(kind: str, other: str) -> None:
+    assert type(from_wire(replace(to_wire(EXAMPLES[kind]), kind=other))).__name__ == other
 
 
 @given(st.sampled_from(sorted(EXAMPLES)), anything)
@@ -242,7 +364,8 @@ def test_what_is_read_is_exactly_what_was_said_or_refused(kind: str, value: Any,
 def test_a_missing_or_additional_field_is_malformed(kind: str, data: st.DataObject) -> None:
     wire = to_wire(EXAMPLES[kind])
     fields = opened(wire)
-    objects = [path for path in paths(fields) if isinstance(at(fields, path), dict) and path != ("shapes",)]
+    by_name = (("shapes",), (BY_NAME.get(kind),))  # in these a name more or less is another message
+    objects = [path for path in paths(fields) if isinstance(at(fields, path), dict) and path not in by_name]
     path = data.draw(st.sampled_from(objects))
     values = dict(at(fields, path))
     if data.draw(st.booleans()):
@@ -301,6 +424,7 @@ HOSTILE_NAMES = [
         ("Refused", ("name",)),
         ("TrainRequest", ("plan", "run")),
         ("TrainRequest", ("plan", "cohort", 0)),
+        ("Survivors", ("names", 1)),
     ],
 )
 def test_names_that_mean_something_in_a_path_a_log_or_a_page_are_malformed(
@@ -310,6 +434,71 @@ def test_names_that_mean_something_in_a_path_a_log_or_a_page_are_malformed(
         assert from_wire(changed(kind, path, name)) == replace(EXAMPLES[kind], name="")
     else:
         assert_malformed(changed(kind, path, name))
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE_NAMES if isinstance(name, str)], ids=repr)
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_nor_are_such_names_read_of_members(kind: str, name: str) -> None:
+    found = at(json.loads(to_wire(EXAMPLES[kind]).text), (BY_NAME[kind],))
+    assert_malformed(changed(kind, (BY_NAME[kind],), {**found, name: next(iter(found.values()))}))
+
+
+NO_BYTES = [
+    *("A", "AB", "ABC", "=", "AA=A", "AA==AA==", "AA===", "AA-_", "AA==\n", " AA==", "ÄÄ==", "\ud800", "AAA=\0"),
+    *(None, 7, 1.5, True, [], ["AA=="], [0, 1], {}),
+]
+
+
+@pytest.mark.parametrize("value", NO_BYTES, ids=repr)
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("Keys", ("share_key",)),
+        ("Keys", ("mask_key",)),
+        ("Keys", ("commitment",)),
+        ("Keys", ("signature",)),
+        ("KeyList", ("keys", "south", "signature")),
+        ("Shares", ("sealed", "south", "shares")),
+        ("Shares", ("sealed", "south", "pair")),
+        ("Inbox", ("sealed", "north", "signature")),
+        ("Consent", ("signature",)),
+        ("Consents", ("signatures", "south")),
+        ("Revealed", ("shares", "south")),
+    ],
+)
+def test_what_is_not_base64_is_malformed(kind: str, path: tuple[Any, ...], value: Any) -> None:
+    assert_malformed(changed(kind, path, value))
+
+
+@pytest.mark.parametrize("plan", [None, 7, True, [], ["p"], {}, {"plan": "p"}], ids=repr)
+@pytest.mark.parametrize("kind", SECURE)
+def test_a_message_of_no_plan_is_malformed(kind: str, plan: Any) -> None:
+    assert_malformed(changed(kind, ("plan",), plan))
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        *((kind, (field,), value) for kind, field in BY_NAME.items() for value in (None, 7, "north", [], ["north"])),
+        *((kind, (field, "north"), []) for kind, field in BY_NAME.items()),
+        *((kind, (field, "north"), {}) for kind, field in BY_NAME.items()),
+        ("KeyList", ("keys", "north", "plan"), 7),
+        ("KeyList", ("keys", "north", "plan"), None),
+        ("KeyList", ("keys", "north"), {"share_key": "", "mask_key": "", "commitment": "", "signature": ""}),
+        ("Inbox", ("sealed", "north"), {"shares": "", "pair": ""}),
+        ("Inbox", ("sealed", "north"), {"shares": "", "pair": "", "signature": "", "more": ""}),
+        ("Survivors", ("names",), "north"),
+        ("Survivors", ("names",), {"north": 1}),
+        ("Survivors", ("names",), None),
+        ("Survivors", ("names",), [["north"]]),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)
+def test_secure_aggregation_in_another_form_is_malformed(kind: str, path: tuple[Any, ...], value: Any) -> None:
+    fields = json.loads(to_wire(EXAMPLES[kind]).text)
+    *outer, last = path
+    at(fields, tuple(outer))[last] = value
+    assert_malformed(replace(to_wire(EXAMPLES[kind]), text=json.dumps(fields)))
 
 
 @pytest.mark.parametrize(
@@ -341,6 +530,33 @@ def test_a_refusal_says_nothing_but_known_words(path: tuple[Any, ...], value: An
         (("plan", "cohort"), ["north", "north"]),
         (("plan", "cohort"), "north"),
         (("plan", "cohort"), {"north": 1}),
+        (("plan", "secure"), False),
+        (("plan", "secure"), {}),
+        (("plan", "secure"), []),
+        (("plan", "secure"), "on"),
+        (("plan", "secure", "attempt"), 0),
+        (("plan", "secure", "attempt"), -1),
+        (("plan", "secure", "attempt"), True),
+        (("plan", "secure", "attempt"), 1.0),
+        (("plan", "secure", "attempt"), 2**63),
+        (("plan", "secure", "roster"), None),
+        (("plan", "secure", "roster"), 7),
+        (("plan", "secure", "length"), "40"),
+        (("plan", "secure", "length"), 40.0),
+        (("plan", "secure", "ring_bits"), None),
+        (("plan", "secure", "terms"), None),
+        (("plan", "secure", "terms"), {}),
+        (("plan", "secure", "terms"), [4, 1, 3, 3]),
+        (("plan", "secure", "terms", "members"), 6),  # 2t > n + T no longer holds
+        (("plan", "secure", "terms", "colluders"), 0),
+        (("plan", "secure", "terms", "colluders"), 2),
+        (("plan", "secure", "terms", "threshold"), 2),
+        (("plan", "secure", "terms", "threshold"), 5),
+        (("plan", "secure", "terms", "threshold"), 3.0),
+        (("plan", "secure", "terms", "threshold"), True),
+        (("plan", "secure", "terms", "smallest"), 2),
+        (("plan", "secure", "terms", "smallest"), 5),
+        (("plan", "secure", "terms", "smallest"), "3"),
         (("plan", "fingerprint"), {"config": "c", "weights": "w"}),
         (("plan", "fingerprint", "weights"), 7),
         (("plan", "settings"), "{}"),
@@ -364,7 +580,7 @@ def test_plans_and_shapes_that_cannot_be_meant_are_malformed(path: tuple[Any, ..
     assert_malformed(changed("TrainRequest", path, value))
 
 
-@pytest.mark.parametrize("kind", ["TrainRequest", "Contribution"])
+@pytest.mark.parametrize("kind", ["TrainRequest", "Contribution", "MaskedInput"])
 @pytest.mark.parametrize(
     "hostile",
     [

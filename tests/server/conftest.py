@@ -6,26 +6,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from client.policy import Policy
+from client.secure import SecureMember
 from common import fixed_point
 from common.adapter import Adapter, flatten
 from common.base_model import Fingerprint
-from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, QuantiseConfig, named
+from common.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    FederationConfig,
+    QuantiseConfig,
+    SecureAggregationConfig,
+    named,
+)
+from common.errors import Refusal
 from common.evaluation import Scores
 from common.fixed_point import NATS, Ring
-from common.messages import Contribution, Plan, Reply, Request, TrainRequest
+from common.messages import Contribution, Hello, Plan, Refused, Reply, Request, TrainRequest
 from common.methods import METHODS
 from common.randomness import seeded
+from common.secagg.identity import Identity, Roster
+from server.coordinator import collector
 from server.rounds import Progress, begin, run_rounds
 from tests.client.conftest import base_model, institution
 
 __all__ = ["base_model", "institution"]
 
 ROSTER = ("alder", "birch", "cedar", "dogwood")
+IDENTITIES = {name: Identity.generate(name) for name in ROSTER}
+KEYS = Roster.of(*IDENTITIES.values())
 BASE = Fingerprint("config", "weights", "tokenizer")
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 
@@ -36,13 +52,20 @@ def small_adapter(seed: int = 1) -> Adapter:
 
 
 def rounds_config(
-    institutions: Sequence[str] = ROSTER, evaluation: EvaluationConfig | None = None, **federation: Any
+    institutions: Sequence[str] = ROSTER,
+    evaluation: EvaluationConfig | None = None,
+    secure: bool = False,
+    **federation: Any,
 ) -> Config:
+    """Four rounds of four institutions, in the clear unless `secure`; a keyword changes the federation."""
     return Config(
         name="tiny",
         seed=4,
         data=DataConfig(institutions=named(*institutions), directory="unused"),
-        federation=FederationConfig(**{"rounds": 4, "weight_unit": 1, "timeout_s": 5.0, **federation}),
+        federation=FederationConfig(
+            **{"rounds": 4, "weight_unit": 1, "min_cohort": 3 if secure else 2, "timeout_s": 5.0, **federation}
+        ),
+        secure_aggregation=SecureAggregationConfig(enabled=secure),
         quantise=QuantiseConfig(clip=1.0, bits=20, weight_bits=8),
         evaluation=evaluation or EvaluationConfig(exact=[]),
     )
@@ -68,10 +91,11 @@ class Share:
         return fixed_point.encode(update, self.weight, counters, plan.layout, seeded("rounding", name, plan.round))
 
 
+Update = Callable[[str, TrainRequest], Ring]
 Rule = Callable[[str, TrainRequest], Reply]
 
 
-def contribute(name: str, request: TrainRequest) -> Reply:
+def towards_one(name: str, request: TrainRequest) -> Ring:
     """An update towards 1 that depends on name and adapter, so that a round cannot be mixed up with another."""
     adapter, plan = request.adapter, request.plan
     begin = flatten(adapter.factors, METHODS[plan.settings.method].trained(adapter))
@@ -79,13 +103,26 @@ def contribute(name: str, request: TrainRequest) -> Reply:
     update = (0.3 * (1 - begin) + 0.05 * rng.standard_normal(len(begin))).astype(np.float32)
     weight = 1 + ROSTER.index(name) if name in ROSTER else 1
     counters = {"train_loss": 7 * NATS, "train_tokens": 3, "validation_loss": 5 * NATS, "validation_tokens": 2}
-    vector = fixed_point.encode(update, weight, counters, plan.layout, seeded("rounding", name, plan.round))
-    return Contribution(plan.digest(), vector)
+    return fixed_point.encode(update, weight, counters, plan.layout, seeded("rounding", name, plan.round))
+
+
+def in_clear(vector: Ring, plan: Plan) -> Contribution:
+    """A vector as it travels without secure aggregation."""
+    return Contribution(plan.digest(), fixed_point.pack(vector, plan.layout.ring_bits))
+
+
+def contribute(name: str, request: TrainRequest) -> Reply:
+    return in_clear(towards_one(name, request), request.plan)
+
+
+def amounts(of: Mapping[str, Share]) -> Update:
+    """Each institution's share, the same in every round."""
+    return lambda name, request: of[name].vector(request.plan, name)
 
 
 def shares(of: Mapping[str, Share]) -> Rule:
     """Each institution contributes its share in every round."""
-    return lambda name, request: Contribution(request.plan.digest(), of[name].vector(request.plan, name))
+    return lambda name, request: in_clear(of[name].vector(request.plan, name), request.plan)
 
 
 @dataclass
@@ -106,6 +143,34 @@ class RuleMembers:
             yield name, self.rule(name, request)
 
 
+class SecureMembers:
+    """Real members of secure aggregation, without a model: their vectors follow a rule."""
+
+    def __init__(self, config: Config, homes: Path, update: Update = towards_one) -> None:
+        self.update = update
+        self.homes = homes
+        self.members = {name: self._member(name, Policy.of(config, KEYS)) for name in config.data.names}
+
+    def _member(self, name: str, policy: Policy) -> SecureMember:
+        return SecureMember(IDENTITIES[name], policy, lambda run: self.homes / name / run / "marks.json")
+
+    def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        for name, request in requests.items():
+            try:
+                yield name, self._answer(name, request)
+            except Refusal as refusal:
+                yield name, Refused(refusal.reason, name)
+
+    def _answer(self, name: str, request: Request) -> Reply:
+        assert not isinstance(request, Hello)
+        if not isinstance(request, TrainRequest):
+            return self.members[name].answer(request)
+        adapter = request.adapter
+        trained = METHODS[request.plan.settings.method].trained(adapter)
+        parameters = len(flatten(adapter.factors, trained))
+        return self.members[name].begin(request.plan, parameters, lambda: self.update(name, request))
+
+
 def distance_to_one(adapter: Adapter) -> Scores:
     """A central evaluation: the nearer to 1, the better."""
     factors = flatten(adapter.factors, adapter.factors).astype(np.float64)
@@ -118,15 +183,21 @@ def play(
     progress: Progress | None = None,
     evaluate: Callable[[Adapter], Scores] = distance_to_one,
     on_round: Callable[[Progress], None] = lambda _: None,
-    roster: Sequence[str] = ROSTER,
+    present: Sequence[str] = ROSTER,
+    on_reply: Callable[[int, int, int], None] = lambda *_: None,
+    directory: Path | None = None,
 ) -> Progress:
+    """The rounds as a coordinator runs them. directory: where attempts are kept, for secure aggregation."""
     start = small_adapter()
+    if config.secure_aggregation.enabled:
+        assert directory is not None
+    collect = collector(config, members, KEYS, directory or Path("unused"), on_reply)
     return run_rounds(
         config=config,
         run="tiny-run",
-        roster=tuple(roster),
+        present=tuple(present),
         fingerprint=BASE,
-        members=members,
+        collect=collect,
         evaluate=evaluate,
         progress=progress or begin(start, evaluate(start)),
         on_round=on_round,

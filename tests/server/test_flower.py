@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,8 +36,10 @@ from flwr.superlink.grid import InMemoryGrid
 
 from client.app import build_client_app
 from client.institution import Institution
+from client.policy import Policy
+from client.secure import SecureMember
 from common.adapter import flatten
-from common.config import ModelConfig
+from common.config import ModelConfig, SecureAggregationConfig
 from common.errors import RunStopped
 from common.flower import from_records, to_records
 from common.messages import (
@@ -56,6 +59,8 @@ from common.messages import (
     TrainRequest,
 )
 from common.records import write_jsonl
+from common.secagg.identity import Identity, Roster
+from common.secagg.messages import Consents, Inbox, KeyList, Survivors
 from common.wire import from_wire, to_wire
 from server.coordinator import Bench, Observer, coordinate
 from server.flower import FlowerMembers
@@ -140,6 +145,7 @@ def named(name: str) -> Answer:
     def rule(request: Request) -> Reply:
         if isinstance(request, Hello):
             return Introduction(name, PROTOCOL, "1", BASE)
+        assert isinstance(request, TrainRequest)
         return Contribution(request.plan.digest(), np.full(3, request.plan.round, np.uint32))
 
     return says(rule)
@@ -460,18 +466,55 @@ def test_a_stop_ends_waiting_at_once(network: Network) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_run_on_flower_is_the_run_in_one_process(network: Network, base_model: str, tmp_path: Path) -> None:
+def test_hello_a_round_and_what_follows_it_are_three_kinds_of_message(network: Network) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def answer(message: Message) -> Message | None:
+        asked = from_wire(from_records(message.content))
+        seen.append((type(asked).__name__, message.metadata.message_type))
+        return named("alder")(message) if isinstance(asked, Hello) else says(lambda _: Refused(MALFORMED))(message)
+
+    network.add(answer)
+    members = members_of(network)
+    members.meet(HELLO, 1, 20.0)
+    later: list[Request] = [
+        KeyList("0" * 64, {}),
+        Inbox("0" * 64, {}),
+        Survivors("0" * 64, ("alder",)),
+        Consents("0" * 64, {}),
+    ]
+    for asked in (request(), *later):
+        assert list(members.ask({"alder": asked}, 20.0)) == [("alder", Refused(MALFORMED))]
+    assert seen == [
+        ("Hello", "query.hello"),
+        ("TrainRequest", "train.round"),
+        *((type(asked).__name__, "train.secure_aggregation") for asked in later),
+    ]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_on_flower_is_the_run_in_one_process(
+    enabled: bool, network: Network, base_model: str, tmp_path: Path
+) -> None:
     """The real ClientApp behind every node; one contract, two transports, the same bytes."""
-    config = make_config(base_model)
+    config = make_config(base_model, secure_aggregation=SecureAggregationConfig(enabled=enabled))
     bench = Bench.of(config)
     for name in NAMES:
         write_jsonl(tmp_path / name / "train.jsonl", make_records(5, name))
         write_jsonl(tmp_path / name / "validation.jsonl", make_records(2, f"{name}-validation"))
     central = tmp_path / "central.jsonl"
     write_jsonl(central, make_records(3, "coordinator"))
+    identities = [Identity.generate(name) for name in NAMES]
+    roster = Roster.of(*identities)
 
-    def institutions(home: str) -> list[Institution]:
-        return [Institution(name, tmp_path / name, tmp_path / home / name, ModelConfig(base_model)) for name in NAMES]
+    def institution(identity: Identity, place: str) -> Institution:
+        home = tmp_path / place / identity.name
+        policy = Policy.of(config, roster)
+        secure = SecureMember(identity, policy, lambda run: home / run / "marks.json") if enabled else None
+        return Institution(identity.name, tmp_path / identity.name, home, ModelConfig(base_model), secure)
+
+    def institutions(place: str) -> list[Institution]:
+        return [institution(identity, place) for identity in identities]
 
     one_at_a_time = threading.Lock()  # institutions of one process share its model
 
@@ -484,11 +527,11 @@ def test_a_run_on_flower_is_the_run_in_one_process(network: Network, base_model:
         return answer
 
     for number, member in enumerate(institutions("flower")):
-        network.add(play(build_client_app(lambda _, member=member: member), number))  # type: ignore[misc]
+        network.add(play(build_client_app(lambda _, member=member: nullcontext(member)), number))  # type: ignore[misc]
 
     def go(name: str, members: Any) -> tuple[str, list[dict[str, Any]]]:
         directory = tmp_path / name
-        outcome = coordinate(config, directory, central, members, Observer(), bench)
+        outcome = coordinate(config, directory, central, members, Observer(), bench, roster if enabled else None)
         history = [{**vars(replace(record, seconds={}))} for record in outcome.progress.history]
         return outcome.progress.adapter.digest(), history
 
@@ -499,3 +542,4 @@ def test_a_run_on_flower_is_the_run_in_one_process(network: Network, base_model:
         tmp_path / "run-direct" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
     assert flower[0] != bench.start.digest()
+    assert (tmp_path / "run-flower" / "attempts.json").exists() == enabled

@@ -17,6 +17,7 @@ from common.text import Example, pack
 from server.coordinator import Observer, coordinate
 from simulations import prepare
 from simulations.footprint import bytes_per_round, footprint, form_of
+from simulations.identities import SimulatedIdentities
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
 from simulations.members import InProcessMembers
@@ -89,14 +90,53 @@ def test_what_is_set_for_less_memory_takes_less() -> None:
     assert half.activations < plain.activations
 
 
+@pytest.mark.parametrize("institutions", [3, 5])
 @pytest.mark.parametrize("method", ["fedavg", "ffa"])
-def test_bytes_are_those_of_a_real_round(method: str, tmp_path: Path) -> None:
-    config = config_files.load("smoke", [f"federation.method={method}", "federation.rounds=1", "evaluation.exact=[]"])
+@pytest.mark.parametrize("secure", [True, False])
+def test_bytes_are_those_of_a_real_round(secure: bool, method: str, institutions: int, tmp_path: Path) -> None:
+    names = ["riverside", "northgate", "lakeside", "summit", "kingsbridge"][:institutions]
+    changes = [
+        f"federation.method={method}",
+        f"secure_aggregation.enabled={secure}".lower(),
+        f"data.institutions=[{','.join(names)}]",
+        f"data.train_records={[8] * institutions}",
+        "federation.rounds=1",
+        "evaluation.exact=[]",
+    ]
+    config = config_files.load("smoke", changes)
     place = RunDirectory.at(tmp_path)
     prepare.write(prepare.gather(config.data), place.records(config))
-    members = InProcessMembers([virtual(config, place, name, place.records(config)) for name in config.data.names])
-    (record,) = coordinate(config, tmp_path, place.central(config, "validation"), members, Observer()).progress.history
-    assert bytes_per_round(config, form_of(config)) == {"up": record.bytes_up, "down": record.bytes_down}
+    identities = SimulatedIdentities.fresh(config.data.names) if secure else None
+    members = InProcessMembers(
+        [virtual(config, place, name, place.records(config), identities) for name in config.data.names]
+    )
+    roster = identities.roster() if identities else None
+    validation = place.central(config, "validation")
+    (record,) = coordinate(config, tmp_path, validation, members, Observer(), roster=roster).progress.history
+    found = bytes_per_round(config, form_of(config))
+    # Numbers in JSON differ by a few digits; arrays and keys are to the byte.
+    for told, real in ((found["up"], record.bytes_up), (found["down"], record.bytes_down)):
+        assert abs(told - real) <= min(0.01 * real, 300)
+
+
+def test_what_protects_an_update_costs_bytes_that_grow_with_the_cohort() -> None:
+    def cost(count: int, secure: bool) -> dict[str, int]:
+        names = ",".join(f"n{number:02d}" for number in range(count))
+        changes = [
+            f"data.institutions=[{names}]", "data.train_records=[]", "data.generator=", "data.directory=/unused",
+            f"secure_aggregation.enabled={secure}".lower(),
+        ]  # fmt: skip
+        config = config_files.load("smoke", changes)
+        return bytes_per_round(config, form_of(config))
+
+    more = {
+        count: {way: cost(count, True)[way] - cost(count, False)[way] for way in ("up", "down")} for count in (5, 9)
+    }
+    for way in ("up", "down"):
+        each = (more[9][way] - more[5][way]) / 4
+        # For every other member at least its keys (1216 bytes each) or a part sealed to one of them, in base64.
+        assert 1216 * 4 / 3 < each < 10 * 1216
+        assert more[5][way] > 4 * each * 0.9
 
 
 def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from common import config_files
 from common.adapter import Adapter
 from common.evaluation import evaluate
 from common.models import load_adapter
+from server import checkpoints
 from server.coordinator import Bench, Observer, coordinate
 from server.rounds import Progress, RoundRecord
 from simulations import run
@@ -55,7 +56,10 @@ def test_the_summary_is_what_the_json_says_and_holds_every_promised_number(whole
         for arm in ("local", "federated"):
             assert summary["own"][name][arm]["perplexity"] > 1
     assert set(summary["seconds"]) >= {"train", "secure_aggregation", "aggregate", "evaluate", "total"}
+    spent = {phase: summary["seconds"][phase] for phase in run.PHASES}
+    share = spent["secure_aggregation"] / sum(spent.values())
     assert 0 < summary["secure_aggregation_share"] < 1
+    assert summary["secure_aggregation_share"] == pytest.approx(share, abs=0.01)  # seconds are rounded
     assert summary["privacy"]["secure_aggregation"] is True
     terms = summary["privacy"]["terms"]
     assert (terms["cohort"], terms["threshold"], terms["dropouts"]) == (3, 3, 0)
@@ -139,9 +143,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(
     process.wait()
     done_before = len((out / "metrics.jsonl").read_text().splitlines())
     assert 1 <= done_before < ROUNDS
+    kept = checkpoints.latest(out / "checkpoints", config_files.digest(config_files.load(str(out / "config.yaml"))))
+    assert kept is not None
+    begun = json.loads((out / "attempts.json").read_text())[0]["number"]
+    assert begun in (kept.round, kept.round + 1)  # the round under way may have had its attempt
     resumed = silotune("run", "--resume", out, "--json")
     assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["rounds_run"] == ROUNDS
+    summary = json.loads(resumed.stdout)
+    assert summary["rounds_run"] == ROUNDS
+    assert summary["privacy"]["secure_aggregation"] is True
+    # No number is used twice; what institutions marked before the kill agrees.
+    assert json.loads((out / "attempts.json").read_text())[0]["number"] == begun + ROUNDS - kept.round
+    marks = [json.loads(file.read_text()) for file in out.glob("institutions/*/*/marks.json")]
+    assert [(found["attempt"], len(found["sums"])) for found in marks] == [(begun + ROUNDS - kept.round, ROUNDS)] * 3
     # Another number of actors, a kill, and the same bytes.
     assert weights(out) == weights(whole[0])
 
@@ -179,6 +193,23 @@ def test_a_void_update_and_a_crash_are_counted_and_the_run_goes_on(tmp_path: Pat
     assert "internal_error" in (out / "report.html").read_text()
     assert "4711" not in done.stdout + done.stderr
     assert "4711" in (out / "institutions" / "northgate" / "client.log").read_text()
+
+
+def test_an_institution_that_falls_silent_under_secure_aggregation_is_counted_and_the_others_sum_is_used(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    done = silotune(
+        "run", "smoke", *PLAIN, "federation.rounds=2", "data.institutions=[riverside,northgate,lakeside,summit]",
+        "data.train_records=[16,16,16,16]", "simulation.faults=[northgate:silent]", "--out", out, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["absences"] == {"northgate": {"timed_out": 2}}
+    assert summary["privacy"]["terms"]["dropouts"] == 1
+    rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["contributors"], record["attempts"]) for record in rounds] == [(3, 1), (3, 1)]
+    assert "northgate" not in json.loads((out / "attempts.json").read_text())[0]["survivors"]
 
 
 def test_when_everybody_fails_the_run_stops_and_says_why(tmp_path: Path) -> None:

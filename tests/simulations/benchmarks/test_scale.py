@@ -27,7 +27,8 @@ def test_each_actor_loads_the_base_model_once_and_every_promised_number_is_there
     for size in found["sizes"]:
         assert 0 < size["coordinator_before"] <= size["coordinator_peak"]
         assert all(peak > 0 for peak in size["actor_peaks"])
-        assert set(size["phases"]) == {"train", "aggregate", "evaluate"}
+        assert set(size["phases"]) == {"train", "secure_aggregation", "aggregate", "evaluate"}
+        assert size["phases"]["secure_aggregation"] == 0
     assert "all messages at once" in shown.getvalue()
 
 
