@@ -32,8 +32,9 @@ class Marks:
         Raises Refusal(attempt_old) unless its number exceeds every one before, and settings_differ unless its settings
         are the run's. For a repeat, which has the same global adapter: terms_differ with other terms than the first
         attempt's; cohort_unknown with members that the first did not have; survivors_differ, once this member
-        consented to a set of survivors, with any other cohort than that set. Raises StorageError when the mark cannot
-        be kept.
+        consented to a set of survivors, with any other cohort than that set. survivors_differ as well for another
+        adapter in a round in which it consented: two that differ in a sign of zero alone give the same update. Raises
+        StorageError when the mark cannot be kept.
         """
         assert plan.secure is not None
         marks = self._read()
@@ -44,8 +45,10 @@ class Marks:
             raise Refusal(reasons.SETTINGS_DIFFER, "the settings are not those of the run's first plan")
         terms = asdict(plan.secure.terms)
         first = marks["sums"].setdefault(
-            plan.adapter_digest, {"cohort": list(plan.cohort), "terms": terms, "survivors": None}
+            plan.adapter_digest,
+            {"round": plan.round, "cohort": list(plan.cohort), "terms": terms, "survivors": None},
         )
+        _require_no_other(marks, plan.adapter_digest, plan.round)
         if first["terms"] != terms:
             raise Refusal(reasons.TERMS_DIFFER, f"a repeat with {terms}, the first attempt had {first['terms']}")
         if not set(plan.cohort) <= set(first["cohort"]):
@@ -57,8 +60,8 @@ class Marks:
     def consent(self, adapter_digest: str, survivors: tuple[str, ...]) -> None:
         """Marks that this member consents to the sum over `survivors`, for good.
 
-        Raises Refusal(survivors_differ) when it consented to another sum from the same global adapter, StorageError
-        when the mark cannot be kept.
+        Raises Refusal(survivors_differ) when it consented to another sum from the same global adapter or in the same
+        round, StorageError when the mark cannot be kept.
         """
         marks = self._read()
         first = marks["sums"].get(adapter_digest)
@@ -66,6 +69,7 @@ class Marks:
             raise StorageError(f"{self._file} does not hold the attempt under way; restore it, or start a new run")
         if first["survivors"] not in (None, list(survivors)):
             raise Refusal(reasons.SURVIVORS_DIFFER, f"this member consented to the sum of {first['survivors']}")
+        _require_no_other(marks, adapter_digest, first["round"])
         first["survivors"] = list(survivors)
         self._write(marks)
 
@@ -83,3 +87,10 @@ class Marks:
 
     def _write(self, marks: dict[str, Any]) -> None:
         write_json(self._file, marks)
+
+
+def _require_no_other(marks: dict[str, Any], adapter_digest: str, number: int) -> None:
+    """Raises Refusal(survivors_differ) when this member consented, in that round, to a sum from another adapter."""
+    for adapter, one in marks["sums"].items():
+        if one["round"] == number and adapter != adapter_digest and one["survivors"] is not None:
+            raise Refusal(reasons.SURVIVORS_DIFFER, f"this member consented to a sum of round {number} already")

@@ -40,10 +40,9 @@ def collect_securely(
     `secure_aggregation.repeats` repeats gave no sum either, or too few are left for another.
     """
     refused: dict[str, str] = {}
-    invited = plan.cohort
     repeats = config.secure_aggregation.repeats
     for repeat in range(repeats + 1):
-        attempt = _Attempt(plan, invited, members, config, roster, attempts, clock)
+        attempt = _Attempt(plan, members, config, roster, attempts, clock)
         try:
             collected = attempt.run(adapter, on_reply)
             # A survivor that fell silent after its vector was added is in the sum all the same.
@@ -55,10 +54,6 @@ def collect_securely(
             )
             failure = f"{error} ({said})"
             log.warning("round %d: attempt %d gave no sum: %s", plan.round, attempt.number, failure)
-            # Whoever fell silent is not waited for again, as long as enough others are left.
-            left = tuple(name for name in invited if name not in attempt.refused)
-            if len(left) >= attempt.needed:
-                invited = left
             refused |= attempt.refused
     raise RunStopped(
         f"round {plan.round}: {repeats + 1} attempts gave no sum; the last: {failure}. Each institution's own log says "
@@ -72,7 +67,6 @@ class _Attempt:
     def __init__(
         self,
         plan: Plan,
-        invited: tuple[str, ...],
         members: Members,
         config: Config,
         roster: Roster,
@@ -80,14 +74,13 @@ class _Attempt:
         clock: Clock,
     ) -> None:
         begun, terms = attempts.begin(
-            plan.adapter_digest, invited, config.secure_aggregation.colluders, config.federation.min_cohort
+            plan.adapter_digest, plan.cohort, config.secure_aggregation.colluders, config.federation.min_cohort
         )
         draft = replace(plan, cohort=begun.members, secure=SecurePlan(begun.number, roster.digest(), terms, 0, 0))
         layout = draft.layout
         secure = SecurePlan(begun.number, roster.digest(), terms, layout.length, layout.ring_bits)
         self.plan = replace(draft, secure=secure)
         self.number = begun.number
-        self.needed = terms.survivors
         self.refused: dict[str, str] = {}
         self._aggregator = Aggregator(self.plan.attempt, roster)
         self._members = members

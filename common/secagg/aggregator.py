@@ -9,7 +9,7 @@ An answer that is wrong raises `Refusal`, and costs only that member; too few le
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import ConfigError, Refusal, SilotuneError
 from common.fixed_point import Ring, RunningSum
 from common.secagg import reasons, shamir
-from common.secagg.attempt import Attempt, key_list_digest
+from common.secagg.attempt import COMMITMENT_BYTES, Attempt, key_list_digest
 from common.secagg.identity import Roster
 from common.secagg.masks import add_masks
 from common.secagg.messages import (
@@ -33,7 +33,7 @@ from common.secagg.messages import (
     Survivors,
 )
 from common.secagg.participant import mask_key_of, stream_key, verified_keys, verified_sealed
-from common.secagg.sealing import PUBLIC_BYTES, SEED_BYTES, derive
+from common.secagg.sealing import SEED_BYTES, derive, is_public
 
 
 class AttemptFailed(SilotuneError):
@@ -74,10 +74,10 @@ class Aggregator:
     def on_keys(self, name: str, message: Keys) -> None:
         """Takes a member's keys. Raises Refusal(keys_unverified) when they are not its own, or not fit for use."""
         self._turn(Phase.KEYS, message.plan, name in self._keys)
-        sizes = (len(message.share_key), len(message.mask_key), len(message.commitment))
         taken = {part for entry in self._keys.values() for part in _parts(entry)}
         if (
-            sizes != (PUBLIC_BYTES, PUBLIC_BYTES, 32)
+            not (is_public(message.share_key) and is_public(message.mask_key))
+            or len(message.commitment) != COMMITMENT_BYTES
             or message.share_key == message.mask_key
             or taken & set(_parts(message))
             or not verified_keys(self.attempt, self._roster, name, message)
@@ -169,12 +169,28 @@ class Aggregator:
     def unmask(self) -> Ring:
         """The sum of the survivors' vectors, modulo 2^k, exactly; then everything of the attempt is forgotten.
 
-        Raises AttemptFailed when fewer than t members revealed their shares, or these open to false secrets; who told
-        a false one cannot be known.
+        Where more than t members revealed their shares, one of them may have told false ones. Raises AttemptFailed when
+        fewer than t did, or theirs open to false secrets.
         """
         terms = self.attempt.terms
         self._close(Phase.REVEALED, len(self._revealed), terms.threshold)
-        revealers = sorted(self._revealed)[: terms.threshold]
+        for revealers in _candidates(sorted(self._revealed), terms.threshold):
+            try:
+                plus, minus = self._masks(revealers)
+                break
+            except ValueError as error:
+                failure = str(error)
+        else:
+            self._forget()
+            raise AttemptFailed(failure)
+        total = self._sum.total()
+        add_masks(total, plus, minus)
+        total &= np.uint32(self.attempt.layout.ring_mask)
+        self._forget()
+        return total
+
+    def _masks(self, revealers: Sequence[str]) -> tuple[list[bytes], list[bytes]]:
+        """Keys of the streams to add and to subtract, from the shares of these. Raises ValueError for false ones."""
         weights = shamir.weights([self.attempt.point(name) for name in revealers])
         plus: list[bytes] = []
         minus: list[bytes] = []
@@ -186,13 +202,8 @@ class Aggregator:
                 else:
                     self._take_pairs(name, secret, plus, minus)
             except ValueError as error:
-                self._forget()
-                raise AttemptFailed(f"a secret of {name} cannot be reconstructed: {error}") from error
-        total = self._sum.total()
-        add_masks(total, plus, minus)
-        total &= np.uint32(self.attempt.layout.ring_mask)
-        self._forget()
-        return total
+                raise ValueError(f"a secret of {name} cannot be reconstructed: {error}") from error
+        return plus, minus
 
     def _self_stream(self, name: str, seed: bytes) -> bytes:
         if self.attempt.commitment(name, seed) != self._keys[name].commitment:
@@ -247,3 +258,11 @@ class Aggregator:
 
 def _parts(keys: Keys) -> tuple[bytes, bytes, bytes]:
     return keys.share_key, keys.mask_key, keys.commitment
+
+
+def _candidates(revealers: Sequence[str], threshold: int) -> Iterator[Sequence[str]]:
+    """Sets of t revealers to try in turn: the first, then those without one of its members, while there are t."""
+    yield revealers[:threshold]
+    if len(revealers) > threshold:
+        for liar in revealers[:threshold]:
+            yield [name for name in revealers if name != liar][:threshold]

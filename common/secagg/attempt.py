@@ -12,6 +12,8 @@ from common.secagg.canonical import Value, canonical
 from common.secagg.messages import Keys
 from common.secagg.terms import Terms
 
+COMMITMENT_BYTES = 32
+
 
 @dataclass(frozen=True)
 class Attempt:

@@ -55,6 +55,15 @@ class PrivateKey:
         return "PrivateKey()"
 
 
+def is_public(key: bytes) -> bool:
+    """Whether something can be sealed to `key`."""
+    try:
+        seal(b"", key, b"")
+    except ValueError:
+        return False
+    return True
+
+
 def seal(plaintext: bytes, public: bytes, info: bytes) -> bytes:
     """Encrypts to a public key of 1216 bytes. Raises ValueError for a key that is none."""
     if len(public) != PUBLIC_BYTES:

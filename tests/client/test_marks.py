@@ -52,7 +52,7 @@ def test_what_a_mark_holds_and_that_it_is_synced(
     Marks(file).accept(federation.plan(3))
     found = json.loads(file.read_text())
     terms = {"members": 5, "colluders": 1, "threshold": 4, "smallest": 3}
-    assert found["sums"] == {ONE.digest(): {"cohort": list(FIVE), "terms": terms, "survivors": None}}
+    assert found["sums"] == {ONE.digest(): {"round": 1, "cohort": list(FIVE), "terms": terms, "survivors": None}}
     assert (found["attempt"], len(found["settings"])) == (3, 64)
     assert [path.parent for path in synced] == [tmp_path, tmp_path.parent]  # the new file, then its directory
     synced.clear()
