@@ -48,7 +48,8 @@ class Marks:
             plan.adapter_digest,
             {"round": plan.round, "cohort": list(plan.cohort), "terms": terms, "survivors": None},
         )
-        _require_no_other(marks, plan.adapter_digest, plan.round)
+        for number in {first["round"], plan.round}:
+            _require_no_other(marks, plan.adapter_digest, number)
         if first["terms"] != terms:
             raise Refusal(reasons.TERMS_DIFFER, f"a repeat with {terms}, the first attempt had {first['terms']}")
         if not set(plan.cohort) <= set(first["cohort"]):

@@ -192,3 +192,17 @@ def test_a_mark_that_cannot_be_kept_is_no_mark(
     monkeypatch.undo()
     marks.accept(federation.plan(2, FIVE[:4], first=5))
     marks.consent(ONE.digest(), FIVE[:4])
+
+
+def test_an_adapter_that_differs_in_a_sign_of_zero_opens_no_second_sum_in_a_round(
+    marks: Marks, federation: Federation
+) -> None:
+    """Its update is the same, so the sum over one member fewer would tell that member's vector exactly."""
+    marks.accept(federation.plan(1))
+    marks.accept(federation.plan(2, adapter=TWO))  # nothing was consented to yet
+    marks.consent(ONE.digest(), FIVE)
+    assert refusal(marks.consent, TWO.digest(), FIVE[:4]) == reasons.SURVIVORS_DIFFER
+    for number in (1, 2):
+        fewer = replace(federation.plan(3, FIVE[:4], adapter=TWO, first=5), round=number)
+        assert refusal(marks.accept, fewer) == reasons.SURVIVORS_DIFFER
+    marks.accept(replace(federation.plan(4, FIVE[:4], adapter=adapter_of(3)), round=2))

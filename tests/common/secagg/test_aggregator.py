@@ -177,6 +177,7 @@ KEYS: dict[str, Callable[[Played], Keys]] = {
     "a share key too short": lambda p: signed(p, "fir", replace(p.keys["fir"], share_key=bytes(PUBLIC_BYTES - 1))),
     "a mask key too long": lambda p: signed(p, "fir", replace(p.keys["fir"], mask_key=bytes(PUBLIC_BYTES + 1))),
     "a commitment too short": lambda p: signed(p, "fir", replace(p.keys["fir"], commitment=bytes(31))),
+    "of full size, and no key": lambda p: signed(p, "fir", replace(p.keys["fir"], share_key=b"\xff" * 1216)),
     "one key for both": lambda p: signed(p, "fir", replace(p.keys["fir"], share_key=p.keys["fir"].mask_key)),
     "another's share key": lambda p: signed(p, "fir", replace(p.keys["fir"], share_key=p.keys["alder"].share_key)),
     "another's mask key": lambda p: signed(p, "fir", replace(p.keys["fir"], mask_key=p.keys["alder"].mask_key)),
