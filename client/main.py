@@ -12,14 +12,106 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client.log_commands import log
 from common import cli
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from common.enrolment import Card
     from common.records import Record
 
 app = cli.application("Take part in a federation as one institution: see what training would read from its records.")
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="The institution's own directory; else $SILOTUNE_CLIENT_HOME, ~/.silotune/client."
+    ),
+]
+PassphraseFd = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Read the passphrase of the private keys from this file descriptor, as 3 in 3<FILE."
+    ),
+]
+PassphraseCredential = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Read the passphrase of the private keys from this systemd credential."),
+]
+
+
+@app.command(epilog=cli.EPILOG)
+def init(
+    name: Annotated[str, typer.Option(metavar="NAME", help="The institution's name: a-z, 0-9, - and _.")],
+    home: Home = None,
+    passphrase_fd: PassphraseFd = None,
+    passphrase_credential: PassphraseCredential = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Make this institution's keys, a commented policy.yaml and the card that the coordinator enrols. Sends nothing."""
+    from client import keys
+    from client.home import ClientHome
+    from common.enrolment import read_passphrase
+
+    where = ClientHome.at(home)
+    made = keys.init(where, name, read_passphrase(passphrase_fd, passphrase_credential))
+    lines = [
+        f"policy       {where.policy}: read it, and say there what this institution agrees to",
+        "Hand the card to the coordinator, and tell it the fingerprint over another channel.",
+    ]
+    _show_card(made, where.card, lines, as_json)
+
+
+@app.command(epilog=cli.EPILOG)
+def card(home: Home = None, as_json: cli.Json = False) -> None:
+    """Show this institution's card and its fingerprint."""
+    from client import keys
+    from client.home import ClientHome
+
+    where = ClientHome.at(home)
+    _show_card(keys.card(where), where.card, [], as_json)
+
+
+@app.command(epilog=cli.EPILOG)
+def trust(
+    roster: Annotated[Path, typer.Argument(metavar="ROSTER", help="The roster.json that the coordinator handed out.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the fingerprints have been compared.")] = False,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="Do not ask: trust the roster if this is its fingerprint, from elsewhere."),
+    ] = None,
+    home: Home = None,
+    passphrase_fd: PassphraseFd = None,
+    passphrase_credential: PassphraseCredential = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Show every fingerprint of a roster and what it changes, and trust that roster and no other from now on."""
+    from datetime import UTC, datetime
+
+    from client import keys, trust
+    from client.home import ClientHome
+    from common.enrolment import check_fingerprint, read_passphrase, read_roster
+
+    where = ClientHome.at(home)
+    own = keys.load(where, read_passphrase(passphrase_fd, passphrase_credential))
+    offered = read_roster(roster)
+    changed = trust.examine(where, offered, keys.card(where))
+    with cli.progress_console(as_json) as console:
+        _say(console, *trust.told(offered, own.identity.name), *[f"change       {line}" for line in changed])
+        if fingerprint is not None:
+            check_fingerprint(offered, fingerprint)
+        elif changed and not yes:
+            _confirm("Do they agree with what coordinator and members told you over another channel?")
+        pinned = trust.pin(where, offered, own, datetime.now(UTC))
+        _say(console, f"trusted      since {pinned.since}" + ("" if changed else ", nothing changed"))
+    if as_json:
+        cli.print_json(
+            {**trust.fingerprints(offered), "changes": list(changed), "since": pinned.since, "file": str(where.roster)}
+        )
+
+
+app.add_typer(log, name="log", epilog=cli.EPILOG)
 
 
 @app.command(epilog=cli.EPILOG)
@@ -42,9 +134,56 @@ def data(
         cli.print_json({"files": summaries, "people_in_several_files": shared})
 
 
+@app.command(epilog=cli.EPILOG)
+def fingerprint(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A base model's directory, or `embedded`.")],
+    as_json: cli.Json = False,
+) -> None:
+    """Print what a base model is: the digest that `base_models` of policy.yaml lists, and its three parts."""
+    from client.policy_file import digest
+    from common.base_model import fingerprint as fingerprint_of
+
+    found = fingerprint_of(model)
+    with cli.progress_console(as_json) as console:
+        for name, value in {"digest": digest(found), **found.as_dict()}.items():
+            console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True)
+    if as_json:
+        cli.print_json({"digest": digest(found), **found.as_dict()})
+
+
 def main() -> None:
     """Entry point of the command."""
     app()
+
+
+def _show_card(made: Card, file: Path, more: list[str], as_json: bool) -> None:
+    from common.enrolment import grouped
+
+    with cli.progress_console(as_json) as console:
+        _say(console, f"institution  {made.name}", f"fingerprint  {grouped(made.fingerprint)}", f"card         {file}")
+        _say(console, *more)
+    if as_json:
+        cli.print_json({"name": made.name, "fingerprint": grouped(made.fingerprint), "card": str(file)})
+
+
+def _say(console: Console, *lines: str) -> None:
+    """Whole lines, as they are: fingerprints are compared by eye, and paths may hold rich's markup."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _confirm(question: str) -> None:
+    """Raises ConfigError unless a person at the terminal says yes."""
+    import click
+
+    from common.errors import ConfigError
+
+    try:
+        agreed = typer.confirm(question, err=True)
+    except click.Abort:
+        agreed = False
+    if not agreed:
+        raise ConfigError("expected a yes, found none; nothing was changed, and the same command asks again")
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:

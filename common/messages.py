@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from common import policy_reasons
 from common.adapter import Adapter
 from common.base_model import Fingerprint
 from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
@@ -34,6 +35,9 @@ DATA_UNREADABLE = "data_unreadable"
 NOT_INVITED = "not_invited"
 MALFORMED = "malformed"
 INTERNAL_ERROR = "internal_error"
+BUNDLE_REFUSED = "bundle_refused"
+MESSAGE_TYPE_REFUSED = "message_type_refused"
+RESTARTED = "restarted"
 TIMED_OUT = "timed_out"  # said by the coordinator of an institution that did not answer
 
 REASONS = frozenset(
@@ -47,8 +51,12 @@ REASONS = frozenset(
         NOT_INVITED,
         MALFORMED,
         INTERNAL_ERROR,
+        BUNDLE_REFUSED,
+        MESSAGE_TYPE_REFUSED,
+        RESTARTED,
         TIMED_OUT,
         *secagg_reasons.REASONS,
+        *policy_reasons.REASONS,
     }
 )
 

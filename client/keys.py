@@ -1,0 +1,103 @@
+"""An institution's own keys and its enrolment card: made once, and loaded by every command that signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from client.home import ClientHome
+from client.policy_file import write_template
+from common.enrolment import (
+    Card,
+    check_name,
+    check_new_passphrase,
+    check_private_directory,
+    keep_curve_key,
+    keep_identity_key,
+    locked,
+    private_directory,
+    read_card,
+    read_curve_key,
+    read_identity_key,
+    sweep,
+    write_private_json,
+)
+from common.errors import ConfigError
+from common.secagg.identity import Identity
+
+
+@dataclass(frozen=True)
+class Keys:
+    """identity: signs the institution's part of the protocol, and its logs. node: how Flower knows the machine.
+
+    No text form shows either, and pickling raises TypeError.
+    """
+
+    identity: Identity
+    node: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    @property
+    def flower(self) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+        """The node's keys as Flower's fleet client takes them."""
+        return self.node, self.node.public_key()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("keys are never pickled: they stay in this process")
+
+
+def init(home: ClientHome, name: str, passphrase: bytes | None) -> Card:
+    """Makes keys, a commented policy and the card; goes on where an earlier call was stopped, and overwrites nothing.
+
+    The card is written last: where it is, the home is complete.
+
+    Raises ConfigError for a name that cannot be one, a home that is complete already or that others can enter, and a
+    passphrase that is too short or not that of the keys there; StorageError when a file cannot be written.
+    """
+    check_name(name)
+    check_new_passphrase(passphrase)
+    private_directory(home.root)
+    with locked(home.root):
+        if home.card.exists():
+            raise ConfigError(
+                f"{home.root}: expected no institution here yet, found {card(home).name}, whose keys are never"
+                " overwritten; `silotune-client card` shows its card, and another institution needs another --home"
+            )
+        private_directory(home.identity_key.parent)
+        for directory in (home.root, home.identity_key.parent):
+            sweep(directory)
+        identity = Identity(name, keep_identity_key(home.identity_key, passphrase))
+        node = keep_curve_key(home.node_key, passphrase)
+        if not home.policy.exists():
+            write_template(home.policy)
+        made = Card.of(identity, node.public_key())
+        write_private_json(home.card, made.to_json())
+    return made
+
+
+def card(home: ClientHome) -> Card:
+    """The card that `init` made. Raises ConfigError when there is none or it was changed, and StorageError."""
+    if not home.card.exists():
+        raise ConfigError(f"{home.card}: expected this institution's card, found none; run: silotune-client init")
+    return read_card(home.card)
+
+
+def load(home: ClientHome, passphrase: bytes | None) -> Keys:
+    """The keys of the institution whose card lies there.
+
+    Raises ConfigError when there is no card or it is not that of these keys, when others can enter the directories or
+    read the keys (with the command that mends it), and when the passphrase is missing, wrong or too much; StorageError
+    when a key is missing or damaged. No error shows a key.
+    """
+    shown = card(home)
+    for directory in (home.root, home.identity_key.parent):
+        check_private_directory(directory)
+    identity = Identity(shown.name, read_identity_key(home.identity_key, passphrase))
+    node = read_curve_key(home.node_key, passphrase)
+    if Card.of(identity, node.public_key()) != shown:
+        raise ConfigError(
+            f"{home.card}: expected the card of the keys in {home.identity_key.parent}, found another; restore both"
+            " from the same copy"
+        )
+    return Keys(identity, node)

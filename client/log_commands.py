@@ -1,0 +1,180 @@
+"""`silotune-client log`: the egress log, shown, verified and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from client.home import ClientHome
+from common import cli
+
+if TYPE_CHECKING:
+    from collections import deque
+
+    from rich.console import Console
+
+    from client.egress import Copy, Entry
+
+log = typer.Typer(help="What left this institution, message by message: show it, verify it, export it.")
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="The institution's own directory; else $SILOTUNE_CLIENT_HOME, ~/.silotune/client."
+    ),
+]
+_FILE = typer.Argument(metavar="[LOG]", help="An exported log, or a copy of the directory; else the one in the home.")
+
+
+@log.command(epilog=cli.EPILOG)
+def show(
+    file: Annotated[Path | None, _FILE] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Only messages of this run.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N of them.")] = None,
+    home: Home = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Show what left: when, for which run, round and phase, how many bytes, their digest. It does not verify them."""
+    from collections import deque
+
+    from client.egress import open_copy, read_entry
+
+    unreadable = 0
+    entries: deque[Entry] = deque(maxlen=last)
+    for line in open_copy(_place(file, home)).lines():
+        entry = read_entry(line.raw)
+        if entry is None:
+            unreadable += 1
+        elif run is None or entry.run == run:
+            entries.append(entry)
+    with cli.progress_console(as_json) as console:
+        if not as_json:
+            _print_entries(entries, console)
+        if unreadable:
+            console.print(f"{unreadable} lines are no entries; see `silotune-client log verify`", highlight=False)
+    if as_json:
+        cli.print_json({"entries": [entry.as_dict() for entry in entries], "unreadable": unreadable})
+
+
+@log.command(epilog=cli.EPILOG)
+def verify(
+    file: Annotated[Path | None, _FILE] = None,
+    public_key: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="The institution's public key, as its card has it; else the home's own card."),
+    ] = None,
+    home: Home = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Check every entry, the chain and the end of the log; name the first entry that is not as it was written.
+
+    Needs no network, and for a copy no home. Ends with exit code 5 when something was altered, removed or added.
+    """
+    from client.egress import open_copy
+    from client.egress import verify as verified
+    from common.errors import StorageError
+
+    place = _place(file, home)
+    copy = open_copy(place)
+    key, source = _key(public_key, copy, ClientHome.at(home).card)
+    verdict = verified(copy, key)
+    finding = verdict.finding
+    with cli.progress_console(as_json) as console:
+
+        def say(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        say(f"verified against {key.hex()}, {source}")
+        if finding is None:
+            say(f"{verdict.entries} entries, all as they were written; the last is {verdict.last}")
+        if finding is None and verdict.ahead:
+            say("the head does not know the last entry yet: it is being written, or a crash came; nothing left for it")
+        if finding is None and verdict.cut_off:
+            say(f"{verdict.cut_off} bytes more are of an entry that is being written or was cut off; nothing left")
+    if as_json:
+        told = None
+        if finding is not None:
+            told = {"kind": finding.kind, "entry": finding.number, "where": finding.where, "said": finding.said}
+        cli.print_json(
+            {
+                "whole": finding is None,
+                "entries": verdict.entries,
+                "last": verdict.last,
+                "public_key": key.hex(),
+                "key_from": source,
+                "ahead": verdict.ahead,
+                "cut_off_bytes": verdict.cut_off,
+                "finding": told,
+            }
+        )
+    if finding is not None:
+        if not verdict.entries and copy.head is not None and copy.head.public != key.hex():
+            raise StorageError(f"{place}: expected a log signed with {key.hex()}, found one with {copy.head.public}")
+        before = f"the {verdict.entries} entries before are whole" if verdict.entries else "no entry before is there"
+        raise StorageError(f"{place}: {finding}; {before}")
+
+
+@log.command(epilog=cli.EPILOG)
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; a file that is not there yet.")],
+    home: Home = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Write the whole log into one file, which `log verify` checks anywhere. It holds no records and no keys."""
+    from client.egress import export as exported
+
+    count = exported(ClientHome.at(home).egress, file)
+    with cli.progress_console(as_json) as console:
+        console.print(f"{count} entries in {file}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        cli.print_json({"entries": count, "file": str(file)})
+
+
+def _place(file: Path | None, home: Path | None) -> Path:
+    return ClientHome.at(home).egress if file is None else file
+
+
+def _key(public_key: str | None, copy: Copy, card: Path) -> tuple[bytes, str]:
+    """The key to verify against, and where it is from. Raises ConfigError when there is none to be had."""
+    from common.enrolment import hexadecimal, read_card
+    from common.errors import ConfigError
+    from common.secagg.identity import PUBLIC_BYTES
+
+    if public_key is not None:
+        return hexadecimal(public_key.strip().lower(), PUBLIC_BYTES, "--public-key"), "the key that was given"
+    if card.is_file():
+        return read_card(card).identity, f"the key on {card}; give --public-key for another institution's log"
+    if copy.head is None:
+        raise ConfigError("expected the institution's public key, found none to go by; give --public-key")
+    said = "the key that the log itself names, which proves nothing by itself: compare it with the institution's card"
+    return bytes.fromhex(copy.head.public), said
+
+
+def _print_entries(entries: deque[Entry], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = {
+        "no.": [str(entry.number) for entry in entries],
+        "time (UTC)": [entry.time[:19].replace("T", " ") for entry in entries],
+        "kind": [entry.kind for entry in entries],
+        "run": [entry.run for entry in entries],
+        "round": [str(entry.round or "") for entry in entries],
+        "attempt": [str(entry.attempt or "") for entry in entries],
+        "bytes": [str(entry.size) for entry in entries],
+        "epsilon": [f"{entry.epsilon:g}" if entry.epsilon else "" for entry in entries],
+        "sha256": [entry.sha256[:8] for entry in entries],
+    }
+    shown = {name: column for name, column in cells.items() if any(column)}
+    table = Table(title="what left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in shown:
+        number = name in ("no.", "round", "attempt", "bytes", "epsilon")
+        table.add_column(
+            name, justify="right" if number else "left", overflow="fold", no_wrap=name not in ("run", "kind")
+        )
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*map(Text, row))
+    console.print(table)
