@@ -121,11 +121,8 @@ def check(chain: bytes, key: Path, authority: bytes, hosts: Sequence[str]) -> No
     Raises ConfigError when key and certificate do not fit, and when a member would refuse: another authority, expired,
     a host not covered, not for a server.
     """
-    with (
-        writing(Path(gettempdir())),
-        NamedTemporaryFile() as file,
-    ):  # certificates are public; the key is read where it lies
-        file.write(chain)
+    with writing(Path(gettempdir())), NamedTemporaryFile() as file:
+        file.write(chain)  # certificates are public; the key is read where it lies
         file.flush()
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:

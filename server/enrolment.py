@@ -212,7 +212,7 @@ def read_settings(home: ServerHome) -> Settings:
     _check_complete(home)
     kinds: dict[str, type] = {"federation": str, "hosts": list, "port": int, "superlink_port": int}
     try:
-        said: Any = yaml.safe_load(read_file(home.settings, _LIMIT))
+        said: Any = yaml.safe_load(read_file(home.settings, _LIMIT).decode())
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{home.settings}: expected YAML, found something else; restore the file") from None
     if not isinstance(said, dict) or set(said) != set(kinds):

@@ -174,16 +174,19 @@ def _ratio(found: Mapping[str, Mapping[str, Any]], many: str, few: str) -> float
 
 
 class Clock:
-    """Seconds by what they were spent on; a sample each time."""
+    """Seconds by what they were spent on; a sample each time.
+
+    Of the processor, not of the wall: both sides wait for nothing, and other processes should not count for either.
+    """
 
     def __init__(self) -> None:
         self._samples: defaultdict[str, list[float]] = defaultdict(list)
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = time.process_time()
         yield
-        self._samples[what].append(time.perf_counter() - began)
+        self._samples[what].append(time.process_time() - began)
 
     def forget(self) -> None:
         """Drops what was measured while warming up."""

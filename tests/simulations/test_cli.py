@@ -32,11 +32,13 @@ COMMANDS = [
     ("simulations", ["pretrain"]),
     ("simulations", ["bench"]),
     ("simulations", ["bench", "scale"]),
+    ("simulations", ["bench", "secagg"]),
     ("simulations", ["bench", "trainer"]),
     ("server", []),
-    ("server", ["report"]),
+    *(("server", [name]) for name in ("init", "renew", "enroll", "roster", "remove", "report")),
     ("client", []),
-    ("client", ["data"]),
+    *(("client", [name]) for name in ("init", "card", "trust", "data", "fingerprint", "log")),
+    *(("client", ["log", name]) for name in ("show", "verify", "export")),
 ]
 HEAVY = ["torch", "transformers", "flwr", "ray", "peft", "datasets", "omegaconf", "numpy", "jinja2"]
 
