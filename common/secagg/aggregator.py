@@ -136,6 +136,9 @@ class Aggregator:
         """Whose vectors are in the sum. Raises AttemptFailed when these are too few."""
         self._close(Phase.MASKED_INPUT, len(self._added))
         self._survivors = tuple(sorted(self._added))
+        # Only who dropped out needs to have pairs opened; there are few of those, and many pairs.
+        left = set(self._survivors)
+        self._pairs = {pair: sealed for pair, sealed in self._pairs.items() if not set(pair) <= left}
         return Survivors(self.attempt.plan, self._survivors)
 
     # --- Consistency ----------------------------------------------------------------------------------------------
