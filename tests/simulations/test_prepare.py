@@ -23,6 +23,7 @@ from common.config import (
     FileConfig,
     InstitutionConfig,
     ModelConfig,
+    SecureAggregationConfig,
     TrainConfig,
 )
 from common.errors import ConfigError, DataError
@@ -169,6 +170,7 @@ def test_chats_in_pieces_go_through_a_whole_round(tmp_path: Path) -> None:
         data=DataConfig(institutions=institutions),
         train=TrainConfig(max_tokens=48, long="chunk", overlap=8, passes_per_round=0.2),
         federation=FederationConfig(rounds=1),
+        secure_aggregation=SecureAggregationConfig(enabled=False),
         evaluation=EvaluationConfig(exact=["text"]),
     )
     place = RunDirectory.at(tmp_path / "run")

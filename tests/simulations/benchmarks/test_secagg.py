@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -101,7 +102,7 @@ def test_memory_of_the_coordinator_is_no_more_for_more_vectors() -> None:
     peaks = []
     for members in (4, 12):
         case = Case(400_000, members)
-        record = secagg._play(secagg._attempt(case), case.update(), Clock(), 1)
+        record, _ = secagg._play(secagg._attempt(case), case.update(), Clock(), Clock(), 1)
         peak, held = secagg._memory(record)
         peaks.append(peak - held)
     assert peaks[1] < 1.1 * peaks[0]
@@ -109,12 +110,12 @@ def test_memory_of_the_coordinator_is_no_more_for_more_vectors() -> None:
 
 def test_a_sum_that_is_not_exact_ends_the_benchmark() -> None:
     case = Case(1000, 4)
-    record = secagg._play(secagg._attempt(case), case.update(), Clock(), 1)
+    record, ready = secagg._play(secagg._attempt(case), case.update(), Clock(), Clock(), 1)
     expected = record.expected.copy()
-    secagg._finish(secagg._ready(record, Clock()), record, Clock())
+    secagg._finish(copy.deepcopy(ready), record, Clock())
     expected[7] ^= 1
     with pytest.raises(RunStopped, match="not the plain sum"):
-        secagg._finish(secagg._ready(record, Clock()), replace(record, expected=expected), Clock())
+        secagg._finish(ready, replace(record, expected=expected), Clock())
 
 
 def test_secrets_that_take_too_long_are_extrapolated_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
