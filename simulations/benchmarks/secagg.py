@@ -7,9 +7,9 @@ again; each time its sum must equal the plain sum of the quantised vectors bit f
 Flower's primitives are put together as its `secaggplus_mod` does at a member and its `SecAggPlusWorkflow` at the
 coordinator, with their defaults and the same threshold; the update comes in tensors of 65,536 elements, as LoRA's do,
 which suits its way to work better than one long vector. Everything that is timed is computed, but the coordinator's
-part takes the same few masked inputs, public keys and shares of one member over and over, for its arithmetic costs the
-same for any; and where opening all secrets would take more than a minute, a few are timed and multiplied, and the
-figure is marked as extrapolated.
+part takes a few masked inputs and the shares of one member over and over, for its arithmetic costs the same for any;
+and where opening all secrets would take more than a minute, a few are timed and multiplied, and the figure is marked as
+extrapolated.
 
 The limit of masking is a plain loop written here: AES-256-CTR from zeros, added in place, with the best block size.
 """
@@ -70,7 +70,7 @@ from common.secagg.aggregator import Aggregator
 from common.secagg.attempt import Attempt
 from common.secagg.identity import Identity, Roster
 from common.secagg.masks import KEY_BYTES, add_masks
-from common.secagg.messages import Consent, FromMember, Inbox, Keys, MaskedInput, Revealed, Shares
+from common.secagg.messages import Consent, FromMember, Inbox, KeyList, Keys, MaskedInput, Revealed, Shares
 from common.secagg.participant import Participant, restore_in_simulation, snapshot_for_simulation
 from common.secagg.terms import Terms, smallest_cohort
 from common.wire import Wire, from_wire, size, to_wire
@@ -188,10 +188,6 @@ class Clock:
         yield
         self._samples[what].append(time.process_time() - began)
 
-    def forget(self) -> None:
-        """Drops what was measured while warming up."""
-        self._samples.clear()
-
     def medians(self, *kinds: str) -> dict[str, float]:
         """The median of each kind, and their sum as `total`."""
         found = {kind: statistics.median(self._samples[kind]) for kind in kinds}
@@ -201,40 +197,40 @@ class Clock:
 def _measure(case: Case, repeats: int) -> dict[str, Any]:
     """All figures of a case; ours and Flower's take turns."""
     attempt = _attempt(case)
-    own, their_own = Clock(), Clock()
-    record = _play(attempt, case.update(), own, repeats)
-    peak, held = _memory(record)
+    own, their_own, coordinator, their_coordinator = Clock(), Clock(), Clock(), Clock()
+    record, ready = _play(attempt, case.update(), own, coordinator, repeats)
     them = _their_keys(case, their_own)
-    for _ in range(repeats - 1 if them.seconds < SLOW else 0):
-        _their_keys(case, their_own)
+    for _ in range(repeats - 1):
+        if coordinator.medians("keys", "shares")["total"] < SLOW:
+            again = Aggregator(attempt, record.roster)
+            _take_keys(again, record.keys, coordinator)
+            _take_shares(again, record.shares, coordinator)
+        if their_own.medians("keys", "seal", "open")["total"] < SLOW:
+            _their_keys(case, their_own)
 
+    # Each arm runs once untimed right before, so that neither pays for pages that the system has to find anew.
     masking, their_masking = Clock(), Clock()
     update = case.update()
     tensors = [update[start : start + TENSOR] for start in range(0, case.parameters, TENSOR)]
     payloads: list[list[bytes]] = []
-    for turn in range(repeats + 1):
-        if turn == 1:
-            masking.forget()
-            their_masking.forget()
-        _our_masking(update, case.layout, case.members, masking)
-        payloads = [*payloads, _their_masking(tensors, case.members, their_masking)][-PAYLOADS:]
+    for _ in range(repeats):
+        for clock in (Clock(), masking):
+            _our_masking(update, case.layout, case.members, clock)
+        for clock in (Clock(), their_masking):
+            payloads = [*payloads, _their_masking(tensors, case.members, clock)][-PAYLOADS:]
     del update, tensors
     draw_and_add = _draw_and_add(case, repeats)
 
-    coordinator, their_coordinator = Clock(), Clock()
     opened, extrapolated = _their_secrets_estimated(case, them)
-    began = time.perf_counter()
-    ready = _ready(record, coordinator)
-    for _ in range(repeats - 1 if time.perf_counter() - began < SLOW else 0):
-        _ready(record, coordinator)
     for _ in range(repeats):
-        _finish(copy.deepcopy(ready), record, coordinator)
-        total = _their_sum(payloads, case.members, their_coordinator)
+        for clock in (Clock(), coordinator):
+            _finish(copy.deepcopy(ready), record, clock)
+        for clock in (Clock(), their_coordinator):
+            _their_unmask(_their_sum(payloads, case.members, clock), case.members, them, clock)
         if not extrapolated:
             with their_coordinator("secrets"):
                 _their_secrets(case, them)
-        _their_unmask(total, case.members, them, their_coordinator)
-        del total
+    peak, held = _memory(record)
 
     ours = {
         "masking": masking.medians("quantise", "mask", "pack"),
@@ -279,11 +275,10 @@ def _side_by_side(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dic
 
 @dataclass(frozen=True)
 class Record:
-    """What each member sent in an attempt, by name, and what has to come out. silent: who sent no masked input."""
+    """What each member sent in an attempt, by name, and what has to come out."""
 
     attempt: Attempt
     roster: Roster
-    silent: str
     keys: Mapping[str, Keys]
     shares: Mapping[str, Shares]
     masked: Mapping[str, MaskedInput]
@@ -297,8 +292,13 @@ def _attempt(case: Case) -> Attempt:
     return Attempt("bench", 1, 1, os.urandom(32).hex(), cohort, case.terms, case.layout)
 
 
-def _play(attempt: Attempt, update: Vector, clock: Clock, repeats: int) -> Record:
-    """A whole attempt, member after member; what each member does beside its vector is timed."""
+def _play(
+    attempt: Attempt, update: Vector, clock: Clock, coordinator: Clock, repeats: int
+) -> tuple[Record, Aggregator]:
+    """A whole attempt, member after member, and its coordinator as it was before the first masked input.
+
+    Timed is what each member does beside its vector, and what the coordinator does up to then.
+    """
     layout = attempt.layout
     identities = {name: Identity.generate(name) for name in attempt.cohort}
     roster = Roster.of(*identities.values())
@@ -311,15 +311,14 @@ def _play(attempt: Attempt, update: Vector, clock: Clock, repeats: int) -> Recor
     for name, member in members.items():
         with clock("keys"):
             keys[name] = member.keys()
-        aggregator.on_keys(name, keys[name])
-    key_list = aggregator.key_list()
+    key_list = _take_keys(aggregator, keys, coordinator)
 
     shares: dict[str, Shares] = {}
     for name, member in members.items():
         with clock("seal"):
             shares[name] = member.on_key_list(key_list)
-        aggregator.on_shares(name, shares[name])
-    inboxes = aggregator.inboxes()
+    inboxes = _take_shares(aggregator, shares, coordinator)
+    ready = copy.deepcopy(aggregator)
 
     _time_opening(members.pop(silent), identities[silent], roster, inboxes[silent], clock, repeats)
     masked: dict[str, MaskedInput] = {}
@@ -343,7 +342,7 @@ def _play(attempt: Attempt, update: Vector, clock: Clock, repeats: int) -> Recor
     for name, member in members.items():
         with clock("reveal"):
             revealed[name] = member.on_consents(agreed)
-    return Record(attempt, roster, silent, keys, shares, masked, consents, revealed, expected)
+    return Record(attempt, roster, keys, shares, masked, consents, revealed, expected), ready
 
 
 def _time_opening(
@@ -358,22 +357,22 @@ def _time_opening(
             again.on_inbox(inbox, np.zeros(short.layout.length, np.uint32))
 
 
-def _ready(record: Record, clock: Clock) -> Aggregator:
-    """The coordinator's side up to the masked inputs: it verifies keys and shares, and passes them on."""
-    aggregator = Aggregator(record.attempt, record.roster)
+def _take_keys(aggregator: Aggregator, keys: Mapping[str, Keys], clock: Clock) -> KeyList:
     with clock("keys"):
-        for name, keys in record.keys.items():
-            aggregator.on_keys(name, keys)
-        aggregator.key_list()
+        for name, message in keys.items():
+            aggregator.on_keys(name, message)
+        return aggregator.key_list()
+
+
+def _take_shares(aggregator: Aggregator, shares: Mapping[str, Shares], clock: Clock) -> Mapping[str, Inbox]:
     with clock("shares"):
-        for name, shares in record.shares.items():
-            aggregator.on_shares(name, shares)
-        aggregator.inboxes()
-    return aggregator
+        for name, message in shares.items():
+            aggregator.on_shares(name, message)
+        return aggregator.inboxes()
 
 
 def _finish(aggregator: Aggregator, record: Record, clock: Clock) -> None:
-    """The rest, to the decoded sum. Raises RunStopped when the sum is not exact."""
+    """The coordinator's side from the first masked input on. Raises RunStopped when the sum is not exact."""
     with clock("sum"):
         for name, masked in record.masked.items():
             aggregator.on_masked(name, masked)
@@ -496,7 +495,7 @@ def plain_masking(elements: Ring, keys: Sequence[bytes], block: int) -> None:
 
 @dataclass(frozen=True)
 class Them:
-    """A member of Flower's protocol after its shares. public: of all other members. seconds: that this took."""
+    """A member of Flower's protocol after its shares. public: of all other members."""
 
     private: bytes
     public: Sequence[bytes]
@@ -505,13 +504,11 @@ class Them:
     key_shares: Sequence[bytes]
     key_bytes: int
     sealed_bytes: int
-    seconds: float
 
 
 def _their_keys(case: Case, clock: Clock) -> Them:
     """What a member does before and beside its vector: `_setup`, `_share_keys`, opening, and the keys of the pairs."""
     others = [public_key_to_bytes(generate_key_pairs()[1]) for _ in range(case.members - 1)]
-    began = time.perf_counter()
     with clock("keys"):
         (sk1, pk1), (sk2, pk2) = generate_key_pairs(), generate_key_pairs()
         private, public = private_key_to_bytes(sk1), public_key_to_bytes(pk1)
@@ -538,7 +535,6 @@ def _their_keys(case: Case, clock: Clock) -> Them:
         key_shares,
         len(public) + len(public2),
         sum(len(ciphertext) for ciphertext in sealed),
-        time.perf_counter() - began,
     )
 
 
