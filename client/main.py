@@ -29,24 +29,14 @@ Home = Annotated[
         metavar="DIR", help="The institution's own directory; else $SILOTUNE_CLIENT_HOME, ~/.silotune/client."
     ),
 ]
-PassphraseFd = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Read the passphrase of the private keys from this file descriptor, as 3 in 3<FILE."
-    ),
-]
-PassphraseCredential = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Read the passphrase of the private keys from this systemd credential."),
-]
 
 
 @app.command(epilog=cli.EPILOG)
 def init(
     name: Annotated[str, typer.Option(metavar="NAME", help="The institution's name: a-z, 0-9, - and _.")],
     home: Home = None,
-    passphrase_fd: PassphraseFd = None,
-    passphrase_credential: PassphraseCredential = None,
+    passphrase_fd: cli.PassphraseFd = None,
+    passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
     """Make this institution's keys, a commented policy.yaml and the card that the coordinator enrols. Sends nothing."""
@@ -82,8 +72,8 @@ def trust(
         typer.Option(metavar="HEX", help="Do not ask: trust the roster if this is its fingerprint, from elsewhere."),
     ] = None,
     home: Home = None,
-    passphrase_fd: PassphraseFd = None,
-    passphrase_credential: PassphraseCredential = None,
+    passphrase_fd: cli.PassphraseFd = None,
+    passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
     """Show every fingerprint of a roster and what it changes, and trust that roster and no other from now on."""
@@ -98,13 +88,13 @@ def trust(
     offered = read_roster(roster)
     changed = trust.examine(where, offered, keys.card(where))
     with cli.progress_console(as_json) as console:
-        _say(console, *trust.told(offered, own.identity.name), *[f"change       {line}" for line in changed])
+        cli.say(console, *trust.told(offered, own.identity.name), *[f"change       {line}" for line in changed])
         if fingerprint is not None:
             check_fingerprint(offered, fingerprint)
         elif changed and not yes:
-            _confirm("Do they agree with what coordinator and members told you over another channel?")
+            cli.confirm("Do they agree with what coordinator and members told you over another channel?")
         pinned = trust.pin(where, offered, own, datetime.now(UTC))
-        _say(console, f"trusted      since {pinned.since}" + ("" if changed else ", nothing changed"))
+        cli.say(console, f"trusted      since {pinned.since}" + ("" if changed else ", nothing changed"))
     if as_json:
         cli.print_json(
             {**trust.fingerprints(offered), "changes": list(changed), "since": pinned.since, "file": str(where.roster)}
@@ -160,30 +150,12 @@ def _show_card(made: Card, file: Path, more: list[str], as_json: bool) -> None:
     from common.enrolment import grouped
 
     with cli.progress_console(as_json) as console:
-        _say(console, f"institution  {made.name}", f"fingerprint  {grouped(made.fingerprint)}", f"card         {file}")
-        _say(console, *more)
+        cli.say(
+            console, f"institution  {made.name}", f"fingerprint  {grouped(made.fingerprint)}", f"card         {file}"
+        )
+        cli.say(console, *more)
     if as_json:
         cli.print_json({"name": made.name, "fingerprint": grouped(made.fingerprint), "card": str(file)})
-
-
-def _say(console: Console, *lines: str) -> None:
-    """Whole lines, as they are: fingerprints are compared by eye, and paths may hold rich's markup."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _confirm(question: str) -> None:
-    """Raises ConfigError unless a person at the terminal says yes."""
-    import click
-
-    from common.errors import ConfigError
-
-    try:
-        agreed = typer.confirm(question, err=True)
-    except click.Abort:
-        agreed = False
-    if not agreed:
-        raise ConfigError("expected a yes, found none; nothing was changed, and the same command asks again")
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:

@@ -38,6 +38,17 @@ EPILOG = (
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout at the end; all else to stderr.")]
 
+PassphraseFd = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Read the passphrase of the private keys from this file descriptor, as 3 in 3<FILE."
+    ),
+]
+PassphraseCredential = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Read the passphrase of the private keys from this systemd credential."),
+]
+
 
 class Interrupted(SilotuneError):
     """The user stopped the command; the message says what is kept and how to go on."""
@@ -102,6 +113,24 @@ def progress_console(as_json: bool) -> Iterator[Console]:
             yield Console(stderr=True)
     else:
         yield Console()
+
+
+def say(console: Console, *lines: str) -> None:
+    """Whole lines, as they are: fingerprints are compared by eye, and paths may hold rich's markup."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def confirm(question: str) -> None:
+    """Raises ConfigError unless a person at the terminal says yes."""
+    import click
+
+    try:
+        agreed = typer.confirm(question, err=True)
+    except click.Abort:
+        agreed = False
+    if not agreed:
+        raise ConfigError("expected a yes, found none; nothing was changed, and the same command asks again")
 
 
 def print_json(result: Mapping[str, Any]) -> None:

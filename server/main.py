@@ -13,8 +13,6 @@ import typer
 from common import cli
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from common.enrolment import SignedRoster
     from common.errors import SilotuneError
     from server.authority import Existing
@@ -27,16 +25,6 @@ Home = Annotated[
     typer.Option(
         metavar="DIR", help="The coordinator's own directory; else $SILOTUNE_SERVER_HOME, ~/.silotune/server."
     ),
-]
-PassphraseFd = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Read the passphrase of the private keys from this file descriptor, as 3 in 3<FILE."
-    ),
-]
-PassphraseCredential = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Read the passphrase of the private keys from this systemd credential."),
 ]
 Certificate = Annotated[
     Path | None,
@@ -61,8 +49,8 @@ def init(
     key: Key = None,
     authority: Authority = None,
     home: Home = None,
-    passphrase_fd: PassphraseFd = None,
-    passphrase_credential: PassphraseCredential = None,
+    passphrase_fd: cli.PassphraseFd = None,
+    passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
     """Make the coordinator's identity, an authority with a certificate for the members' port, and an empty roster."""
@@ -85,8 +73,8 @@ def renew(
     key: Key = None,
     authority: Authority = None,
     home: Home = None,
-    passphrase_fd: PassphraseFd = None,
-    passphrase_credential: PassphraseCredential = None,
+    passphrase_fd: cli.PassphraseFd = None,
+    passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
     """Make a new server certificate for the hosts in server.yaml, or take one from elsewhere."""
@@ -107,8 +95,8 @@ def enroll(
     cards: Annotated[list[Path], typer.Argument(metavar="CARD...", help="card.json of each institution to add.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the fingerprints have been compared.")] = False,
     home: Home = None,
-    passphrase_fd: PassphraseFd = None,
-    passphrase_credential: PassphraseCredential = None,
+    passphrase_fd: cli.PassphraseFd = None,
+    passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
     """Add institutions to the roster, once their fingerprints agree; all of them or none."""
@@ -124,9 +112,9 @@ def enroll(
     secret = read_passphrase(passphrase_fd, passphrase_credential)
     with cli.progress_console(as_json) as console:
         for card in found:
-            _say(console, f"institution  {card.name}", f"fingerprint  {grouped(card.fingerprint)}")
+            cli.say(console, f"institution  {card.name}", f"fingerprint  {grouped(card.fingerprint)}")
             if not yes:
-                _confirm(f"Does it agree with what {card.name} told you over another channel?")
+                cli.confirm(f"Does it agree with what {card.name} told you over another channel?")
         signed = enrolment.enroll(where, found, secret, datetime.now(UTC))
     _show_roster(where, signed, as_json)
 
@@ -145,8 +133,8 @@ def roster(home: Home = None, as_json: cli.Json = False) -> None:
 def remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The member to take off the roster.")],
     home: Home = None,
-    passphrase_fd: PassphraseFd = None,
-    passphrase_credential: PassphraseCredential = None,
+    passphrase_fd: cli.PassphraseFd = None,
+    passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
     """Take a member off the roster."""
@@ -223,8 +211,8 @@ def _show_setup(home: ServerHome, signed: SignedRoster, as_json: bool) -> None:
         "roster": str(home.roster),
     }
     with cli.progress_console(as_json) as console:
-        _say(console, *(f"{key.replace('_', ' '):<20} {value}" for key, value in told.items()))
-        _say(console, f"Before {timestamp(ends.server)}, run: silotune-server renew")
+        cli.say(console, *(f"{key.replace('_', ' '):<20} {value}" for key, value in told.items()))
+        cli.say(console, f"Before {timestamp(ends.server)}, run: silotune-server renew")
     if as_json:
         cli.print_json(told)
 
@@ -238,7 +226,7 @@ def _show_roster(home: ServerHome, signed: SignedRoster, as_json: bool) -> None:
         for member in contents.members
     ]
     with cli.progress_console(as_json) as console:
-        _say(
+        cli.say(
             console,
             f"federation   {contents.federation}, serial {contents.serial}, written {contents.written}",
             f"address      {contents.address}",
@@ -246,8 +234,10 @@ def _show_roster(home: ServerHome, signed: SignedRoster, as_json: bool) -> None:
             f"members      {len(members)}",
         )
         for member in members:
-            _say(console, f"  {member['name']}, enrolled {member['enrolled']}", f"             {member['fingerprint']}")
-        _say(console, f"Members trust this file: {home.roster}")
+            cli.say(
+                console, f"  {member['name']}, enrolled {member['enrolled']}", f"             {member['fingerprint']}"
+            )
+        cli.say(console, f"Members trust this file: {home.roster}")
     if as_json:
         cli.print_json(
             {
@@ -259,26 +249,6 @@ def _show_roster(home: ServerHome, signed: SignedRoster, as_json: bool) -> None:
                 "roster": str(home.roster),
             }
         )
-
-
-def _say(console: Console, *lines: str) -> None:
-    """Whole lines, as they are: fingerprints are compared by eye, and paths may hold rich's markup."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _confirm(question: str) -> None:
-    """Raises ConfigError unless a person at the terminal says yes."""
-    import click
-
-    from common.errors import ConfigError
-
-    try:
-        agreed = typer.confirm(question, err=True)
-    except click.Abort:
-        agreed = False
-    if not agreed:
-        raise ConfigError("expected a yes, found none; nothing was changed, and the same command asks again")
 
 
 def _text(path: Path) -> str:
