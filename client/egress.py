@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from common.enrolment import locked, private_directory
 from common.errors import StorageError
 from common.files import append_line, storage_errors, write_atomically, write_bytes
+from common.private_files import locked, private_directory
 from common.secagg.canonical import canonical
 from common.secagg.identity import Identity
 

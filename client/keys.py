@@ -12,19 +12,21 @@ from client.policy_file import write_template
 from common.enrolment import (
     Card,
     check_name,
+    read_card,
+)
+from common.errors import ConfigError
+from common.private_files import (
     check_new_passphrase,
     check_private_directory,
     keep_curve_key,
     keep_identity_key,
     locked,
     private_directory,
-    read_card,
     read_curve_key,
     read_identity_key,
     sweep,
     write_private_json,
 )
-from common.errors import ConfigError
 from common.secagg.identity import Identity
 
 

@@ -42,7 +42,7 @@ def init(
     """Make this institution's keys, a commented policy.yaml and the card that the coordinator enrols. Sends nothing."""
     from client import keys
     from client.home import ClientHome
-    from common.enrolment import read_passphrase
+    from common.private_files import read_passphrase
 
     where = ClientHome.at(home)
     made = keys.init(where, name, read_passphrase(passphrase_fd, passphrase_credential))
@@ -81,7 +81,8 @@ def trust(
 
     from client import keys, trust
     from client.home import ClientHome
-    from common.enrolment import check_fingerprint, read_passphrase, read_roster
+    from common.enrolment import check_fingerprint, read_roster
+    from common.private_files import read_passphrase
 
     where = ClientHome.at(home)
     own = keys.load(where, read_passphrase(passphrase_fd, passphrase_credential))

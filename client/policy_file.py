@@ -18,11 +18,11 @@ from common import policy_reasons as reasons
 from common.base_model import Fingerprint
 from common.config import QuantiseConfig
 from common.config_rules import RULES, Rule
-from common.enrolment import locked, private_directory
 from common.errors import Refusal, StorageError
 from common.files import write_json
 from common.messages import Plan
 from common.methods import METHODS
+from common.private_files import locked, private_directory
 from common.secagg.canonical import canonical
 from common.secagg.identity import Roster
 from common.secagg.reasons import SECURE_AGGREGATION_REQUIRED, SETTINGS_DIFFER

@@ -25,14 +25,16 @@ from common.enrolment import (
     grouped,
     hexadecimal,
     key_fingerprint,
-    locked,
     parse_json,
-    read_private,
     timestamp,
     within,
-    write_private_json,
 )
 from common.errors import ConfigError
+from common.private_files import (
+    locked,
+    read_private,
+    write_private_json,
+)
 from common.secagg.canonical import canonical
 from common.secagg.identity import SIGNATURE_BYTES, Roster
 

@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.enrolment import (
-    check_authority,
-    check_host,
+from common.enrolment import check_authority, check_host
+from common.errors import ConfigError
+from common.private_files import (
     keep_curve_key,
     private_directory,
     read_curve_key,
@@ -31,7 +31,6 @@ from common.enrolment import (
     write_private,
     writing,
 )
-from common.errors import ConfigError
 from server.home import ServerHome
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 365

@@ -17,6 +17,11 @@ from common.enrolment import (
     SignedRoster,
     check_federation,
     check_host,
+    read_roster,
+    timestamp,
+)
+from common.errors import ConfigError
+from common.private_files import (
     check_new_passphrase,
     check_private_directory,
     keep_identity_key,
@@ -24,13 +29,10 @@ from common.enrolment import (
     private_directory,
     read_file,
     read_identity_key,
-    read_roster,
     sweep,
-    timestamp,
     write_private,
     write_private_json,
 )
-from common.errors import ConfigError
 from common.secagg.identity import Identity
 from server import authority
 from server.authority import Existing

@@ -56,7 +56,7 @@ def init(
     """Make the coordinator's identity, an authority with a certificate for the members' port, and an empty roster."""
     from datetime import UTC, datetime
 
-    from common.enrolment import read_passphrase
+    from common.private_files import read_passphrase
     from server import enrolment
     from server.home import ServerHome
 
@@ -80,7 +80,7 @@ def renew(
     """Make a new server certificate for the hosts in server.yaml, or take one from elsewhere."""
     from datetime import UTC, datetime
 
-    from common.enrolment import read_passphrase
+    from common.private_files import read_passphrase
     from server import enrolment
     from server.home import ServerHome
 
@@ -102,7 +102,8 @@ def enroll(
     """Add institutions to the roster, once their fingerprints agree; all of them or none."""
     from datetime import UTC, datetime
 
-    from common.enrolment import grouped, read_card, read_passphrase
+    from common.enrolment import grouped, read_card
+    from common.private_files import read_passphrase
     from server import enrolment
     from server.home import ServerHome
 
@@ -140,7 +141,7 @@ def remove(
     """Take a member off the roster."""
     from datetime import UTC, datetime
 
-    from common.enrolment import read_passphrase
+    from common.private_files import read_passphrase
     from server import enrolment
     from server.home import ServerHome
 
@@ -196,7 +197,12 @@ def _existing(certificate: Path | None, key: Path | None, authority: Path | None
 
 
 def _show_setup(home: ServerHome, signed: SignedRoster, as_json: bool) -> None:
-    from common.enrolment import certificate_fingerprint, grouped, key_fingerprint, timestamp
+    from common.enrolment import (
+        certificate_fingerprint,
+        grouped,
+        key_fingerprint,
+        timestamp,
+    )
     from server.authority import expiry
 
     contents, ends = signed.contents, expiry(home)

@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from client import keys, policy_file
 from client.home import ClientHome
-from common.enrolment import Card, read_card, write_private_json
+from common.enrolment import Card, read_card
 from common.errors import ConfigError, SilotuneError, StorageError
+from common.private_files import write_private_json
 from common.secagg.identity import Identity
 
 SECRET = b"correct horse battery staple"

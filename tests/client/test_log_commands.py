@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 from client.egress import EgressLog, Payload
 from client.home import VARIABLE, ClientHome
 from client.main import app
-from common.enrolment import Card, write_private_json
+from common.enrolment import Card
+from common.private_files import write_private_json
 from common.secagg.identity import Identity
 
 NOW = datetime(2030, 1, 31, 12, tzinfo=UTC)

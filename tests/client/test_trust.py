@@ -26,9 +26,9 @@ from common.enrolment import (
     certificate_fingerprint,
     grouped,
     key_fingerprint,
-    write_private_json,
 )
 from common.errors import ConfigError, StorageError
+from common.private_files import write_private_json
 from common.secagg.identity import Identity, Roster
 from server.authority import authority_certificate
 

@@ -39,24 +39,26 @@ from common.enrolment import (
     check_fingerprint,
     check_host,
     check_name,
-    check_new_passphrase,
     grouped,
+    read_card,
+    read_roster,
+    ungrouped,
+)
+from common.errors import ConfigError, SilotuneError, StorageError
+from common.private_files import (
+    check_new_passphrase,
     keep_curve_key,
     keep_identity_key,
     locked,
     private_directory,
-    read_card,
     read_curve_key,
     read_file,
     read_identity_key,
     read_passphrase,
     read_private,
-    read_roster,
     sweep,
-    ungrouped,
     write_private,
 )
-from common.errors import ConfigError, SilotuneError, StorageError
 from common.secagg.identity import Identity, Roster
 from server.authority import authority_certificate
 
@@ -534,7 +536,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, replace_it: bool) -> 
     if replace_it:
         (tmp_path / "file").write_text("kept")
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom common.enrolment import *\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom common.private_files import *\n"
         "from common.errors import StorageError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "try:\n    write_private(Path(sys.argv[1]) / 'file', b'secret' * 100, sys.argv[2] == 'True')\n"
@@ -643,7 +645,7 @@ def test_systemd_s_access_lists_are_understood(
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom common.enrolment import locked\n"
+        "import sys, time\nfrom pathlib import Path\nfrom common.private_files import locked\n"
         "file = Path(sys.argv[1]) / 'count'\n"
         "for _ in range(20):\n"
         "    with locked(Path(sys.argv[1])):\n"

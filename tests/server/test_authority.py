@@ -27,8 +27,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.enrolment import certificate_fingerprint, private_directory, read_curve_key, read_private
+from common.enrolment import certificate_fingerprint
 from common.errors import ConfigError, StorageError
+from common.private_files import (
+    private_directory,
+    read_curve_key,
+    read_private,
+)
 from server import authority
 from server.authority import Existing
 from server.home import ServerHome

@@ -17,8 +17,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common.enrolment import Address, Card, read_roster, write_private_json
+from common.enrolment import (
+    Address,
+    Card,
+    read_roster,
+)
 from common.errors import ConfigError, StorageError
+from common.private_files import write_private_json
 from common.secagg.identity import Identity
 from server import authority, enrolment
 from server.authority import Existing
