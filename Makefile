@@ -9,10 +9,10 @@ CONFIG ?= hospitals
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sim test check slow format hooks wheel clean
+.PHONY: help setup demo sim federation test check slow format hooks wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## make .venv with all that any command here needs
 
@@ -27,6 +27,9 @@ demo: setup ## four hospitals fine-tune one model together: a whole federation, 
 
 sim: setup ## run another configuration: make sim CONFIG=banks ARGS="federation.rounds=5"
 	$(BIN)/silotune-sim run $(CONFIG) $(ARGS)
+
+federation: setup ## the same on real processes: one coordinator and its institutions over TLS on this machine
+	$(BIN)/silotune-sim federation $(CONFIG) $(ARGS)
 
 test: check ## lint, types, and all tests but the slow ones
 	$(BIN)/pytest -m "not slow"

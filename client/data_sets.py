@@ -5,15 +5,17 @@ A coordinator sends names only. Records are read from where they lie, split by p
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from client import yaml_file
 from client.policy_file import NAME
+from common.base_model import EMBEDDED
 from common.config import FileConfig, ModelConfig
 from common.config_rules import RULES, Rule
 from common.errors import DataError, Refusal
@@ -202,17 +204,29 @@ machine:
 """
 
 
-def write_template(path: Path) -> None:
-    """Writes a data file with every field explained and no data set.
+def write_template(path: Path, data_sets: Mapping[str, str] | None = None, model: str = Machine.model) -> None:
+    """Writes a data file with every field explained, and what is given here. data_sets: files by name.
 
-    Raises ConfigError when there is a file already, StorageError when it cannot be written.
+    Raises ConfigError when there is a file already or a value cannot be meant, StorageError when it cannot be written.
     """
-    yaml_file.write_new(path, TEMPLATE)
+    told = "".join(f"  {json.dumps(name)}:\n    path: {json.dumps(file)}\n" for name, file in (data_sets or {}).items())
+    text = TEMPLATE.replace("data_sets:\n", f"data_sets:\n{told}", 1)
+    if model != Machine.model:
+        text = text.replace(f"model: {Machine.model}\n", f"model: {json.dumps(model)}\n", 1)
+    yaml_file.parse(text, str(path), DataFile, _RULES)
+    yaml_file.write_new(path, text)
 
 
 def read(path: Path) -> DataFile:
-    """What the file says. Raises ConfigError that tells every mistake; whether the records can be read is not asked."""
-    return yaml_file.read(path, DataFile, _RULES)
+    """What the file says; a relative path of the base model begins at its folder.
+
+    Raises ConfigError that tells every mistake; whether the records can be read is not asked.
+    """
+    found = yaml_file.read(path, DataFile, _RULES)
+    if found.machine.model == EMBEDDED:
+        return found
+    model = path.parent.absolute() / Path(found.machine.model).expanduser()
+    return replace(found, machine=replace(found.machine, model=str(model)))
 
 
 def open_data_sets(path: Path) -> DataSets:

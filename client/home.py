@@ -61,6 +61,11 @@ class ClientHome:
         return self.root / "egress"
 
     @property
+    def ledger(self) -> Path:
+        """Directory of the privacy ledger."""
+        return self.root / "ledger"
+
+    @property
     def adapters(self) -> Path:
         """Published adapters, one directory a run."""
         return self.root / "adapters"

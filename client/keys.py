@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from client import data_sets as data_sets_file
+from client import policy_file
 from client.home import ClientHome
-from client.policy_file import write_template
+from client.ledger import Ledger
+from common.base_model import EMBEDDED, fingerprint
+from common.bundle import bundle_digest
 from common.enrolment import (
     Card,
     check_name,
@@ -49,15 +55,26 @@ class Keys:
         raise TypeError("keys are never pickled: they stay in this process")
 
 
-def init(home: ClientHome, name: str, passphrase: bytes | None) -> Card:
-    """Makes keys, a commented policy and the card; goes on where an earlier call was stopped, and overwrites nothing.
+def init(
+    home: ClientHome,
+    name: str,
+    passphrase: bytes | None,
+    base_model: str = "",
+    data_sets: Mapping[str, Path] | None = None,
+) -> Card:
+    """Makes keys, a commented policy and data file, and the card; goes on where an earlier call was stopped, and
+    overwrites nothing.
 
-    The card is written last: where it is, the home is complete.
+    The card is written last: where it is, the home is complete. base_model: a directory, or `embedded`, that policy and
+    data file are to name; data_sets: files by name, likewise. What they do not name is not allowed.
 
     Raises ConfigError for a name that cannot be one, a home that is complete already or that others can enter, and a
-    passphrase that is too short or not that of the keys there; StorageError when a file cannot be written.
+    passphrase that is too short or not that of the keys there; ModelError for a base model that is none; StorageError
+    when a file cannot be written.
     """
     check_name(name)
+    named = {name: str(file.expanduser().absolute()) for name, file in (data_sets or {}).items()}
+    digests = [fingerprint(base_model).digest()] if base_model else []
     check_new_passphrase(passphrase)
     private_directory(home.root)
     with locked(home.root):
@@ -72,7 +89,11 @@ def init(home: ClientHome, name: str, passphrase: bytes | None) -> Card:
         identity = Identity(name, keep_identity_key(home.identity_key, passphrase))
         node = keep_curve_key(home.node_key, passphrase)
         if not home.policy.exists():
-            write_template(home.policy)
+            policy_file.write_template(home.policy, digests, list(named), [bundle_digest()])
+        if not home.data.exists():
+            model = base_model if base_model in ("", EMBEDDED) else str(Path(base_model).expanduser().absolute())
+            data_sets_file.write_template(home.data, named, model or EMBEDDED)
+        Ledger(home.ledger, identity).begin()
         made = Card.of(identity, node.public_key())
         write_private_json(home.card, made.to_json())
     return made

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client import adapter_commands, check_command, daemon_commands
 from client.log_commands import log
 from common import cli
 
@@ -34,19 +35,32 @@ Home = Annotated[
 @app.command(epilog=cli.EPILOG)
 def init(
     name: Annotated[str, typer.Option(metavar="NAME", help="The institution's name: a-z, 0-9, - and _.")],
+    base_model: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="The base model that may be trained on, a directory or `embedded`."),
+    ] = "",
+    data_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Records that may be trained on, and what the federation calls them."),
+    ] = None,
     home: Home = None,
     passphrase_fd: cli.PassphraseFd = None,
     passphrase_credential: cli.PassphraseCredential = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Make this institution's keys, a commented policy.yaml and the card that the coordinator enrols. Sends nothing."""
+    """Make this institution's keys, commented policy.yaml and data.yaml, and the card that the coordinator enrols.
+
+    Sends nothing. Without --base-model and --data-set nothing is allowed until somebody edits the two files.
+    """
     from client import keys
     from client.home import ClientHome
     from common.private_files import read_passphrase
 
     where = ClientHome.at(home)
-    made = keys.init(where, name, read_passphrase(passphrase_fd, passphrase_credential))
+    secret = read_passphrase(passphrase_fd, passphrase_credential)
+    made = keys.init(where, name, secret, base_model, _data_sets(data_set or []))
     lines = [
+        f"data         {where.data}: which files stand behind the names of data sets, and which machine trains",
         f"policy       {where.policy}: read it, and say there what this institution agrees to",
         "Hand the card to the coordinator, and tell it the fingerprint over another channel.",
     ]
@@ -103,6 +117,9 @@ def trust(
 
 
 app.add_typer(log, name="log", epilog=cli.EPILOG)
+daemon_commands.register(app)
+check_command.register(app)
+adapter_commands.register(app)
 
 
 @app.command(epilog=cli.EPILOG)
@@ -131,15 +148,14 @@ def fingerprint(
     as_json: cli.Json = False,
 ) -> None:
     """Print what a base model is: the digest that `base_models` of policy.yaml lists, and its three parts."""
-    from client.policy_file import digest
     from common.base_model import fingerprint as fingerprint_of
 
     found = fingerprint_of(model)
     with cli.progress_console(as_json) as console:
-        for name, value in {"digest": digest(found), **found.as_dict()}.items():
+        for name, value in {"digest": found.digest(), **found.as_dict()}.items():
             console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True)
     if as_json:
-        cli.print_json({"digest": digest(found), **found.as_dict()})
+        cli.print_json({"digest": found.digest(), **found.as_dict()})
 
 
 def main() -> None:
@@ -157,6 +173,16 @@ def _show_card(made: Card, file: Path, more: list[str], as_json: bool) -> None:
         cli.say(console, *more)
     if as_json:
         cli.print_json({"name": made.name, "fingerprint": grouped(made.fingerprint), "card": str(file)})
+
+
+def _data_sets(said: list[str]) -> dict[str, Path]:
+    """Files by name. Raises ConfigError for what is not NAME=FILE, and for a name given twice."""
+    from common.errors import ConfigError
+
+    found = {name: Path(file) for name, sign, file in (entry.partition("=") for entry in said) if sign and file}
+    if len(found) != len(said):
+        raise ConfigError(f"--data-set: expected NAME=FILE, each name once, found {' '.join(said)!r:.200}")
+    return found
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:

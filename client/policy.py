@@ -18,16 +18,17 @@ class Policy:
     """An institution's terms for secure aggregation.
 
     roster: names and keys, which did not come from the coordinator. colluders: T, members that may be on the
-    coordinator's side. smallest: fewest members in a sum. method, weight_unit, quantise: how an update becomes a
-    vector.
+    coordinator's side. smallest: fewest members in a sum. methods, weight_unit, quantise: how an update may become a
+    vector. required: whether an update leaves under masks only.
     """
 
     roster: Roster
     colluders: int
     smallest: int
-    method: str
+    methods: tuple[str, ...]
     weight_unit: int
     quantise: QuantiseConfig
+    required: bool = True
 
     @classmethod
     def of(cls, config: Config, roster: Roster) -> Policy:
@@ -36,7 +37,7 @@ class Policy:
             roster=roster,
             colluders=config.secure_aggregation.colluders,
             smallest=config.federation.min_cohort,
-            method=config.federation.method,
+            methods=(config.federation.method,),
             weight_unit=config.federation.weight_unit,
             quantise=config.quantise,
         )
@@ -85,8 +86,8 @@ class Policy:
 
     def _check_settings(self, plan: Plan) -> None:
         settings = plan.settings
-        if settings.method != self.method:
-            raise Refusal(METHOD_UNKNOWN, f"method {settings.method!r}, agreed: {self.method}")
+        if settings.method not in self.methods:
+            raise Refusal(METHOD_UNKNOWN, f"method {settings.method!r}, agreed: {', '.join(self.methods)}")
         if (settings.quantise, settings.weight_unit) != (self.quantise, self.weight_unit):
             raise Refusal(
                 reasons.SETTINGS_DIFFER,

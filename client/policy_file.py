@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -16,11 +18,11 @@ from client import yaml_file
 from client.policy import Policy
 from common import policy_reasons as reasons
 from common.base_model import Fingerprint
-from common.config import QuantiseConfig
-from common.config_rules import RULES, Rule
+from common.config import PrivacyConfig, QuantiseConfig
+from common.config_rules import DATA_SET, RULES, Rule
 from common.errors import Refusal, StorageError
 from common.files import write_json
-from common.messages import Plan
+from common.messages import Hello, Plan
 from common.methods import METHODS
 from common.private_files import locked, private_directory
 from common.secagg.canonical import canonical
@@ -36,7 +38,50 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 }
 """What a policy may let out, and the counters of a vector that it stands for. A mean needs both."""
 
+NONE = "none"
+UNITS: Mapping[str, str] = {
+    "record": "record",
+    "patient": "patient",
+    "institution": "institution",
+    "distributed": "record",
+}
+"""The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
+
+
 log = logging.getLogger("silotune.client")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Data sets that share persons, the modes that they may be trained under, and the epsilon at `delta` for all.
+
+    No value of it has a default that can be meant: a budget is said in full.
+    """
+
+    data_sets: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    epsilon: float = 0.0
+    delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Population:
+    """Whose data are used together, so that what is spent on one of its data sets is spent on all.
+
+    A data set in no population of the policy is one by itself, under its own name, that may be trained on in any mode
+    and without limit. delta: of the budget; without limit, the one that spends are told at.
+    """
+
+    name: str
+    data_sets: tuple[str, ...]
+    modes: tuple[str, ...] = (NONE, *UNITS)
+    epsilon: float = math.inf
+    delta: float = PrivacyConfig.delta
+
+    @property
+    def limited(self) -> bool:
+        """Whether it has a budget."""
+        return self.epsilon < math.inf
 
 
 @dataclass(frozen=True)
@@ -50,7 +95,10 @@ class SecureTerms:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan asks for, as far as a policy speaks of it. secure: whether under secure aggregation."""
+    """What a plan asks for, as far as a policy speaks of it.
+
+    secure: whether under secure aggregation. mode: of differential privacy.
+    """
 
     fingerprint: Fingerprint
     data_set: str
@@ -60,19 +108,22 @@ class Asked:
     weight_unit: int
     quantise: QuantiseConfig
     secure: bool
+    mode: str = NONE
 
     @classmethod
-    def of(cls, plan: Plan, data_set: str) -> Asked:
-        settings = plan.settings
+    def of(cls, message: Hello | Plan) -> Asked:
+        """What a run announces, or a round of it."""
+        settings = message.settings
         return cls(
-            fingerprint=plan.fingerprint,
-            data_set=data_set,
+            fingerprint=message.fingerprint,
+            data_set=settings.data_set,
             method=settings.method,
             rank=settings.lora.rank,
             passes=settings.train.passes_per_round,
             weight_unit=settings.weight_unit,
             quantise=settings.quantise,
-            secure=plan.secure is not None,
+            secure=bool(message.roster) if isinstance(message, Hello) else message.secure is not None,
+            mode=settings.privacy.mode,
         )
 
 
@@ -83,6 +134,7 @@ class InstitutionPolicy:
     secure_aggregation: SecureTerms = field(default_factory=SecureTerms)
     base_models: tuple[str, ...] = ()
     data_sets: tuple[str, ...] = ()
+    populations: Mapping[str, Budget] = field(default_factory=dict)
     methods: tuple[str, ...] = ("fedavg", "ffa")
     largest_rank: int = 64
     largest_passes: float = 10.0
@@ -95,12 +147,32 @@ class InstitutionPolicy:
 
     def warnings(self) -> tuple[str, ...]:
         """What the institution should know of its own policy, one line each."""
-        return () if self.secure_aggregation.required else (f"secure_aggregation.required is false; when {OFF}",)
+        lines = [] if self.secure_aggregation.required else [f"secure_aggregation.required is false; when {OFF}"]
+        for name, budget in self.populations.items():
+            units = sorted({UNITS[mode] for mode in budget.modes})
+            if len(units) > 1:
+                lines.append(
+                    f"populations.{name}.modes protect different units ({', '.join(units)}): what they spend is added"
+                    " up, and holds for each unit's own share only; modes of one unit say more"
+                )
+        return tuple(lines)
+
+    def population_of(self, data_set: str) -> Population:
+        """The population that a data set belongs to; one by itself and without limit where the policy names none."""
+        for name, budget in self.populations.items():
+            if data_set in budget.data_sets:
+                return Population(name, budget.data_sets, budget.modes, budget.epsilon, budget.delta)
+        return Population(data_set, (data_set,))
 
     def accept_base_model(self, found: Fingerprint) -> None:
         """Raises Refusal(base_model_not_allowed) for a base model that is not listed."""
-        if digest(found) not in self.base_models:
-            raise Refusal(reasons.BASE_MODEL_NOT_ALLOWED, f"base model {digest(found)} is not in base_models")
+        if found.digest() not in self.base_models:
+            raise Refusal(reasons.BASE_MODEL_NOT_ALLOWED, f"base model {found.digest()} is not in base_models")
+
+    def accept_rank(self, rank: int) -> None:
+        """Raises Refusal(rank_too_large) for an adapter that could hold more than was agreed."""
+        if not 1 <= rank <= self.largest_rank:
+            raise Refusal(reasons.RANK_TOO_LARGE, f"rank {rank}, allowed: up to {self.largest_rank}")
 
     def accept(self, asked: Asked, known: Collection[str], approved: bool) -> None:
         """Checks all that needs no state; reads nothing, and changes nothing.
@@ -108,15 +180,14 @@ class InstitutionPolicy:
         known: names in this institution's data file. approved: whether a person said yes to this run.
 
         Raises Refusal, in this order: secure_aggregation_required, base_model_not_allowed, method_not_allowed,
-        rank_too_large, passes_too_many, settings_differ, data_set_not_allowed, data_set_unknown, not_approved. A name
-        that the policy does not allow is told so whether or not there is such a data set.
+        rank_too_large, passes_too_many, settings_differ, data_set_not_allowed, data_set_unknown, privacy_required,
+        not_approved. A name that the policy does not allow is told so whether or not there is such a data set.
         """
         if self.secure_aggregation.required and not asked.secure:
             raise Refusal(SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
         self.accept_base_model(asked.fingerprint)
         self._accept_method(asked.method)
-        if not 1 <= asked.rank <= self.largest_rank:
-            raise Refusal(reasons.RANK_TOO_LARGE, f"rank {asked.rank}, allowed: up to {self.largest_rank}")
+        self.accept_rank(asked.rank)
         if not 0 < asked.passes <= self.largest_passes:
             raise Refusal(reasons.PASSES_TOO_MANY, f"{asked.passes} passes a round, allowed: {self.largest_passes}")
         if (asked.quantise, asked.weight_unit) != (self.quantise, self.weight_unit):
@@ -129,22 +200,20 @@ class InstitutionPolicy:
             raise Refusal(reasons.DATA_SET_NOT_ALLOWED, f"data set {asked.data_set!r:.80} is not in data_sets")
         if asked.data_set not in known:
             raise Refusal(reasons.DATA_SET_UNKNOWN, f"data set {asked.data_set!r:.80} is allowed, but has no file here")
+        self._accept_mode(asked.data_set, asked.mode)
         if self.approval != AUTOMATIC and not approved:
             raise Refusal(reasons.NOT_APPROVED, "the run waits for this institution's approval")
 
-    def secure(self, roster: Roster, method: str) -> Policy:
-        """The terms of secure aggregation for a run with `method`.
-
-        Raises Refusal(method_not_allowed) for a method that is not listed.
-        """
-        self._accept_method(method)
+    def secure(self, roster: Roster) -> Policy:
+        """The terms of secure aggregation."""
         return Policy(
             roster=roster,
             colluders=self.secure_aggregation.colluders,
             smallest=self.secure_aggregation.smallest_cohort,
-            method=method,
+            methods=self.methods,
             weight_unit=self.weight_unit,
             quantise=self.quantise,
+            required=self.secure_aggregation.required,
         )
 
     def leaving(self, counters: Mapping[str, int]) -> dict[str, int]:
@@ -161,10 +230,14 @@ class InstitutionPolicy:
         if method not in self.methods:
             raise Refusal(reasons.METHOD_NOT_ALLOWED, f"method {method!r:.80}, allowed: {', '.join(self.methods)}")
 
-
-def digest(found: Fingerprint) -> str:
-    """A base model in one word of 64 hex digits: SHA-256 over the three parts of its fingerprint."""
-    return hashlib.sha256(canonical("base model", found.config, found.weights, found.tokenizer)).hexdigest()
+    def _accept_mode(self, data_set: str, mode: str) -> None:
+        population = self.population_of(data_set)
+        if mode not in population.modes:
+            raise Refusal(
+                reasons.PRIVACY_REQUIRED,
+                f"privacy mode {mode!r:.80} on {data_set}; allowed in population {population.name}:"
+                f" {', '.join(population.modes)}",
+            )
 
 
 # --- The file -----------------------------------------------------------------------------------------------------
@@ -185,7 +258,8 @@ _DIGESTS = Rule(
     "a list of different SHA-256 digests of 64 hex digits, in lower case",
     lambda values: _distinct(values) and all(re.fullmatch(r"[0-9a-f]{64}", value) for value in values),
 )
-NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+NAME = DATA_SET
+_OWN = f"populations.{yaml_file.ANY}"
 _SMALLEST = Rule("a whole number of at least 3", lambda value: value >= smallest_cohort(1))
 
 _RULES: Mapping[str, Rule] = {
@@ -197,6 +271,19 @@ _RULES: Mapping[str, Rule] = {
         "a list of different names of a-z, 0-9, - and _, a letter or digit first, at most 64 characters",
         lambda values: _distinct(values) and all(re.fullmatch(NAME, value) for value in values),
     ),
+    "populations": Rule(
+        "a name of a-z, 0-9, - and _, a letter or digit first, at most 64 characters",
+        lambda name: re.fullmatch(NAME, name) is not None,
+    ),
+    f"{_OWN}.data_sets": Rule(
+        "at least one name of data_sets, each once", lambda values: len(values) > 0 and _distinct(values)
+    ),
+    f"{_OWN}.modes": Rule(
+        f"at least one of {', '.join(UNITS)}, each once",
+        lambda values: len(values) > 0 and _distinct(values) and set(values) <= set(UNITS),
+    ),
+    f"{_OWN}.epsilon": Rule("a finite number above 0", lambda value: 0 < value < math.inf),
+    f"{_OWN}.delta": RULES["privacy.delta"],
     "methods": _listed(METHODS),
     "largest_rank": RULES["lora.rank"],
     "largest_passes": RULES["train.passes_per_round"],
@@ -212,7 +299,8 @@ _RULES: Mapping[str, Rule] = {
 
 TEMPLATE = """\
 # The policy of this institution: whatever a coordinator asks, no more than this is done.
-# It is read when the daemon starts. What is left out has the value that stands here; an empty list allows nothing.
+# It is read when the daemon starts, and when it changes. What is left out has the value that stands here; an empty list
+# allows nothing.
 
 secure_aggregation:
   # Whether updates leave under masks only. With false the coordinator can read every update: never without need.
@@ -227,6 +315,15 @@ base_models: {base_models}
 
 # Data sets that may be trained on, by their name in data.yaml; any other is never opened.
 data_sets: {data_sets}
+
+# Budgets of differential privacy. All data sets that share persons belong into one population, such as
+#   clinic: {{data_sets: [notes, letters], modes: [patient], epsilon: 8.0, delta: 1.0e-4}}
+# They are then trained on under these modes only (record, patient, institution, distributed), and all training ever,
+# over runs, restarts and changed files, costs at most epsilon at delta: a round that would exceed it is refused. Let
+# delta be at most 1 / (10 x persons). What was spent is told by `silotune-client ledger show`; it stays spent when a
+# population gets another name or another epsilon. A data set in no population may be trained on in every mode, without
+# noise too, and without limit; what left without noise is in no ledger, and no later budget covers it.
+populations: {{}}
 
 # Aggregation methods that may turn an update into a vector.
 methods: [fedavg, ffa]
@@ -295,13 +392,36 @@ def parse(text: str, source: str) -> InstitutionPolicy:
 def _agreeing(found: InstitutionPolicy, source: str) -> InstitutionPolicy:
     terms = found.secure_aggregation
     least = smallest_cohort(terms.colluders)
+    lines = _strange_populations(found)
     if terms.smallest_cohort < least:
-        line = (
+        lines.append(
             f"secure_aggregation.smallest_cohort: found {terms.smallest_cohort}; allowed: at least {least} with"
             f" secure_aggregation.colluders = {terms.colluders}, so that two honest institutions hide each other"
         )
-        raise yaml_file.told(source, [line])
+    if lines:
+        raise yaml_file.told(source, lines)
     return found
+
+
+def _strange_populations(found: InstitutionPolicy) -> list[str]:
+    """A line for each thing in the populations that cannot be meant beside the data sets and each other."""
+    lines = []
+    times = Counter(name for budget in found.populations.values() for name in budget.data_sets)
+    for population, budget in found.populations.items():
+        for name in budget.data_sets:
+            if name not in found.data_sets:
+                lines.append(f"populations.{population}.data_sets: found {name}; allowed: names that data_sets lists")
+            elif times[name] > 1:
+                lines.append(
+                    f"populations.{population}.data_sets: found {name}, which stands in {times[name]} populations;"
+                    " allowed: one, since its persons have one budget; put data sets that share persons together"
+                )
+        if population in found.data_sets and population not in budget.data_sets:
+            lines.append(
+                f"populations.{population}: found the name of a data set outside it; allowed: another name, since the"
+                " ledger calls a data set without a population by its own"
+            )
+    return lines
 
 
 # --- Rounds of a day ----------------------------------------------------------------------------------------------

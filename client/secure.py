@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.marks import Marks
 from client.policy import Policy
@@ -21,14 +23,24 @@ from common.secagg.messages import Consents, FromMember, Inbox, KeyList, Keys, S
 from common.secagg.participant import Participant, restore_in_simulation, snapshot_for_simulation
 from common.wire import plan_fields, read_plan
 
+Update = NDArray[np.uint32] | NDArray[np.float32] | NDArray[np.float64]
+"""A vector as it is, or an update without its noise."""
+
+Snapshot = tuple[str, Ring, Update]
+
 
 @dataclass
 class _Session:
-    """The attempt under way. vector: this member's own, in the clear, which leaves only under masks."""
+    """The attempt under way.
+
+    vector: this member's own, in the clear, which leaves only under masks. update: what it was drawn from; where there
+    is noise in shares, every attempt draws anew.
+    """
 
     plan: Plan
     participant: Participant
     vector: Ring = field(repr=False)
+    update: Update = field(repr=False)
 
 
 class SecureMember:
@@ -49,11 +61,24 @@ class SecureMember:
         self._lock = threading.Lock()
         self._session: _Session | None = None
 
-    def begin(self, plan: Plan, parameters: int, update: Callable[[], Ring]) -> Keys:
+    @property
+    def run(self) -> str:
+        """The run whose attempt is under way; empty when there is none."""
+        session = self._session
+        return "" if session is None else session.plan.run
+
+    def begin(
+        self,
+        plan: Plan,
+        parameters: int,
+        update: Callable[[], Update],
+        draw: Callable[[Update], Ring] = lambda vector: cast(Ring, vector),
+    ) -> Keys:
         """Checks a plan, trains, and answers with this attempt's keys.
 
-        update: computes the vector; it is not called again for a repeat of an attempt at the same sum. parameters: the
-        length of the update, from the adapter that came.
+        update: trains; it is not called again for a repeat of an attempt at the same sum. draw: makes the vector of an
+        attempt from it, with fresh noise where members share it; without, `update` gives the vector itself.
+        parameters: the length of the update, from the adapter that came.
 
         Raises what `Policy.accept` and `Marks.accept` raise; the attempt that was under way then stays.
         """
@@ -63,9 +88,10 @@ class SecureMember:
             before = self._session
             self._end()
             same = before is not None and _same_update(before.plan, plan)
-            vector = before.vector if before is not None and same else update()
+            found = before.update if before is not None and same else update()
+            vector = draw(found)
             participant = Participant(attempt, self.identity, self.policy.roster, self.simulated)
-            self._session = _Session(plan, participant, vector)
+            self._session = _Session(plan, participant, vector, found)
             return participant.keys()
 
     def answer(self, request: ToMember) -> FromMember:
@@ -97,26 +123,30 @@ class SecureMember:
 
     # --- Simulation -------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> tuple[str, Ring]:
-        """The attempt under way and its vector, for an engine that plays this member in another process next.
+    def snapshot(self) -> Snapshot:
+        """The attempt under way, its vector and what that was drawn from, for an engine that plays this member in
+        another process next.
 
-        Empty when there is none. Raises RuntimeError for a member that is not simulated.
+        Empty when there is none; the last is, where it is the vector. Raises RuntimeError for a member that is not
+        simulated.
         """
-        if self._session is None:
-            return "", np.zeros(0, np.uint32)
-        secret = snapshot_for_simulation(self._session.participant)
-        return json.dumps({"plan": plan_fields(self._session.plan), "participant": secret}), self._session.vector
+        session = self._session
+        if session is None:
+            return "", np.zeros(0, np.uint32), np.zeros(0, np.float32)
+        secret = snapshot_for_simulation(session.participant)
+        text = json.dumps({"plan": plan_fields(session.plan), "participant": secret})
+        return text, session.vector, np.zeros(0, np.float32) if session.update is session.vector else session.update
 
-    def restore(self, snapshot: tuple[str, Ring]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Goes on from a `snapshot`. Raises RuntimeError for a member that is not simulated."""
         if not self.simulated:
             raise RuntimeError("an attempt goes on in another process only in a simulation")
-        text, vector = snapshot
+        text, vector, update = snapshot
         if text:
             found = json.loads(text)
             plan = read_plan(found["plan"])
             participant = restore_in_simulation(found["participant"], plan.attempt, self.identity, self.policy.roster)
-            self._session = _Session(plan, participant, vector)
+            self._session = _Session(plan, participant, vector, update if len(update) else vector)
 
 
 def _same_update(before: Plan, now: Plan) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from common.errors import ModelError
+from common.secagg.canonical import canonical
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,10 @@ class Fingerprint:
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
         """Names of the parts that differ; empty for the same base model."""
         return tuple(part for part in self.PARTS if getattr(self, part) != getattr(other, part))
+
+    def digest(self) -> str:
+        """A base model in one word of 64 hex digits: SHA-256 over the three parts."""
+        return hashlib.sha256(canonical("base model", self.config, self.weights, self.tokenizer)).hexdigest()
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)

@@ -23,12 +23,14 @@ class ModelConfig:
     that has it, and float32 elsewhere, so that a run on CPU gives the same numbers on every machine.
     weights: how the frozen base is kept, `full`, or `8bit` or `4bit` through bitsandbytes on CUDA (Dettmers et al.
     2022, 2023).
+    digest: what the base model must be, as `silotune-client fingerprint` prints it; empty for whatever lies there.
     """
 
     path: str = "embedded"
     device: str = "auto"
     dtype: str = "auto"
     weights: str = "full"
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ def named(*names: str) -> list[InstitutionConfig]:
 class DataConfig:
     """Where records come from: a generator, a directory as `silotune-sim data` writes it, or a file an institution.
 
+    In a deployment none of the three: records are where the institutions have them, who know them by `name`.
+
+    name: what every institution calls the records that are trained on, in its own data.yaml.
     generator: `hospitals` or `banks`; ignored when `directory` or a path is set.
     directory: DIR/<institution>/{train,validation,test}.jsonl and DIR/coordinator/{validation,test}.jsonl.
     institutions: in order; a plain name stands for one without a file.
@@ -108,6 +113,7 @@ class DataConfig:
     seed: of the generator, or of the split of files; independent of the run's seed.
     """
 
+    name: str = "records"
     generator: str = "hospitals"
     directory: str = ""
     institutions: list[InstitutionConfig] = field(default_factory=list)
@@ -187,6 +193,7 @@ class FederationConfig:
     fraction: share of the roster drawn each round. min_cohort: fewest institutions that make a round, and with secure
     aggregation fewest that a sum may cover.
     timeout_s: how long a round waits for an institution to train.
+    gather_s: how long a run waits at its beginning for institutions that are not there, paused, or yet to approve it.
     """
 
     rounds: int = 20
@@ -196,6 +203,7 @@ class FederationConfig:
     fraction: float = 1.0
     min_cohort: int = 3
     timeout_s: float = 600.0
+    gather_s: float = 600.0
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
 
 
@@ -213,6 +221,43 @@ class SecureAggregationConfig:
     colluders: int = 1
     repeats: int = 2
     timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What the published adapter may tell of one unit of privacy (Dwork & Roth 2014), and how that is reached.
+
+    mode: `none`; `record` or `patient` (DP-SGD at each institution, Abadi et al. 2016; a patient is all records of a
+    person); `institution` (noise in shares on whole updates, Kairouz et al. 2021); `distributed` (one DP-SGD step a
+    round, noise in shares).
+    epsilon: what the whole run may cost at `delta`, each institution for itself; the noise follows. 0 where
+    noise_multiplier is given: standard deviation of the noise over `clip`; epsilon then follows.
+    clip: largest L2 norm of a unit's gradient, or of an institution's update. sampling_rate: probability of each unit
+    in each step, the same at every institution. records_per_person: most records of a person that are used.
+    """
+
+    mode: str = "none"
+    epsilon: float = 0.0
+    delta: float = 1e-5
+    noise_multiplier: float = 0.0
+    clip: float = 1.0
+    sampling_rate: float = 0.1
+    records_per_person: int = 8
+
+    @property
+    def private(self) -> bool:
+        """Whether there is any."""
+        return self.mode != "none"
+
+    @property
+    def shared_noise(self) -> bool:
+        """Whether members add their noise in shares, under secure aggregation."""
+        return self.mode in ("institution", "distributed")
+
+    @property
+    def samples(self) -> bool:
+        """Whether training takes units by Poisson sampling and clips each one's gradient."""
+        return self.mode in ("record", "patient", "distributed")
 
 
 @dataclass(frozen=True)
@@ -308,6 +353,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     secure_aggregation: SecureAggregationConfig = field(default_factory=SecureAggregationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

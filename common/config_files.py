@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # One source of values: nested dicts, with references to other keys not yet resolved.
 Layer = dict[Any, Any]
 
+_UNDER_PRIVACY: Mapping[str, Any] = {"lora.dropout": 0.0, "federation.weighting": "uniform"}
+"""What is left out means this under differential privacy, in place of the default."""
+
 _KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _REFERENCE = r"\$\{" + _KEY + r"\}"
 
@@ -75,12 +78,23 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     values: dict[str, Any] = {}
     if document is not None:  # Without it, every field that has no default would be told as missing.
         values, misread = _read_values([document, *layers])
+        if values.get("privacy.mode", "none") != "none":
+            values |= {key: fit for key, fit in _UNDER_PRIVACY.items() if not _said(key, [document, *layers])}
         mistakes += misread + impossible(values)
     if mistakes:
         sources = f"{source} and overrides" if overrides else source
         counted = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "1 mistake"
         raise ConfigError("\n  ".join([f"{sources}: {counted}", *mistakes]))
     return _build(values)
+
+
+def _said(key: str, layers: Sequence[Layer]) -> bool:
+    """Whether any of the layers gives this key a value."""
+
+    def there(layer: object, parts: list[str]) -> bool:
+        return not parts or (isinstance(layer, dict) and parts[0] in layer and there(layer[parts[0]], parts[1:]))
+
+    return any(there(layer, key.split(".")) for layer in layers)
 
 
 def validate(config: Config) -> None:

@@ -71,6 +71,8 @@ def _distinct(names: Sequence[str], pattern: str) -> bool:
 
 
 _NAME = r"[a-z0-9][a-z0-9_-]*"
+DATA_SET = r"[a-z0-9][a-z0-9_-]{0,63}"
+"""The name of a data set, which coordinators say and institutions' files map to their own records."""
 _PATH = Rule("a path, or empty", lambda path: path == path.strip() and "${" not in path)
 _COLUMN = Rule("the name of a column", lambda name: bool(name.strip()))
 
@@ -103,6 +105,10 @@ RULES: dict[str, Rule] = {
     "model.device": _one_of("auto", "cpu", "cuda"),
     "model.dtype": _one_of("auto", "float32", "bfloat16"),
     "model.weights": _one_of("full", "8bit", "4bit"),
+    "model.digest": Rule(
+        "64 hex digits, as `silotune-client fingerprint` prints them, or empty",
+        lambda digest: re.fullmatch(r"([0-9a-f]{64})?", digest) is not None,
+    ),
     "lora.rank": _whole(1),
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE_NOT_ONE,
@@ -110,7 +116,13 @@ RULES: dict[str, Rule] = {
         "different names of linear layers, such as q_proj, v_proj; or all-linear by itself",
         lambda names: names == ["all-linear"] or (len(names) > 0 and _distinct(names, r"(?!all-linear$)[\w.-]+")),
     ),
-    "data.generator": Rule("hospitals or banks; or empty, with data.directory", lambda name: name in ("", *GENERATORS)),
+    "data.name": Rule(
+        "a name of a-z, 0-9, - and _, a letter or digit first, at most 64 characters",
+        lambda name: re.fullmatch(DATA_SET, name) is not None,
+    ),
+    "data.generator": Rule(
+        "hospitals or banks; or empty, where records come from elsewhere", lambda name: name in ("", *GENERATORS)
+    ),
     "data.directory": Rule(
         "a directory, or empty to generate the records", lambda path: path == path.strip() and "${" not in path
     ),
@@ -151,6 +163,7 @@ RULES: dict[str, Rule] = {
     # The sum over one institution is that institution's update; with secure aggregation, the sum over two is as good.
     "federation.min_cohort": _whole(2),
     "federation.timeout_s": _POSITIVE,
+    "federation.gather_s": _POSITIVE,
     "federation.server_optimizer.name": _one_of("fedavg", "fedavgm", "fedadam"),
     "federation.server_optimizer.learning_rate": _POSITIVE,
     "federation.server_optimizer.momentum": _SHARE_NOT_ONE,
@@ -160,6 +173,13 @@ RULES: dict[str, Rule] = {
     "secure_aggregation.colluders": _whole(1),
     "secure_aggregation.repeats": _whole(0),
     "secure_aggregation.timeout_s": _POSITIVE,
+    "privacy.mode": _one_of("none", "record", "patient", "institution", "distributed"),
+    "privacy.epsilon": _NOT_NEGATIVE,
+    "privacy.delta": Rule("a number above 0, below 0.1", lambda value: 0 < value < 0.1),
+    "privacy.noise_multiplier": _NOT_NEGATIVE,
+    "privacy.clip": _POSITIVE,
+    "privacy.sampling_rate": _SHARE_NOT_ZERO,
+    "privacy.records_per_person": _whole(1),
     "quantise.clip": _POSITIVE,
     "quantise.bits": _whole(2, RING_BITS - 2),
     "quantise.weight_bits": _whole(1, RING_BITS - 3),
@@ -223,11 +243,13 @@ def _have_files(institutions: Sequence[InstitutionConfig]) -> bool:
 
 AGREEMENTS: tuple[Agreement, ...] = (
     Agreement(
-        ("data.generator", "data.directory", "data.institutions"),
-        lambda generator, directory, institutions: bool(generator or directory or _have_files(institutions)),
-        lambda generator, directory, institutions: (
+        ("data.generator", "data.directory", "data.institutions", "data.coordinator.path"),
+        lambda generator, directory, institutions, path: bool(
+            generator or directory or _have_files(institutions) or path
+        ),
+        lambda generator, directory, institutions, path: (
             "data.generator: found '', and neither data.directory nor a path in data.institutions; one of the three"
-            " must say where records come from"
+            " must say where records come from, or data.coordinator.path where institutions have their own"
         ),
     ),
     Agreement(
@@ -238,18 +260,22 @@ AGREEMENTS: tuple[Agreement, ...] = (
         ),
     ),
     Agreement(
-        ("data.coordinator.path", "data.institutions"),
-        lambda path, institutions: not path or _have_files(institutions),
-        lambda path, institutions: (
-            f"data.coordinator.path: found {short(path)}, and no path in data.institutions; allowed: only beside those"
+        ("data.coordinator.path", "data.institutions", "data.generator", "data.directory"),
+        lambda path, institutions, generator, directory: (
+            not path or _have_files(institutions) or not (generator or directory)
+        ),
+        lambda path, institutions, generator, directory: (
+            f"data.coordinator.path: found {short(path)}, and no path in data.institutions; allowed: beside those, or"
+            " with an empty data.generator and data.directory where institutions have records of their own"
         ),
     ),
     Agreement(
-        ("data.train_records", "data.institutions", "data.directory"),
-        lambda counts, institutions, directory: (
-            len(counts) == len(institutions) or (not counts and bool(directory or _have_files(institutions)))
+        ("data.train_records", "data.institutions", "data.directory", "data.generator"),
+        lambda counts, institutions, directory, generator: (
+            len(counts) == len(institutions)
+            or (not counts and bool(directory or _have_files(institutions) or not generator))
         ),
-        lambda counts, institutions, directory: (
+        lambda counts, institutions, directory, generator: (
             f"data.train_records: found {len(counts)} counts for {len(institutions)} institutions;"
             " allowed: one count for each"
         ),
@@ -265,6 +291,38 @@ AGREEMENTS: tuple[Agreement, ...] = (
         lambda entries, institutions: (
             f"simulation.faults: found {', '.join(entries)}; allowed:"
             f" institutions {', '.join(institution.name for institution in institutions)}"
+        ),
+    ),
+    Agreement(
+        ("privacy.mode", "privacy.epsilon", "privacy.noise_multiplier"),
+        lambda mode, epsilon, noise: mode == "none" or (epsilon > 0) != (noise > 0),
+        lambda mode, epsilon, noise: (
+            f"privacy.epsilon: found {epsilon:g}, with privacy.noise_multiplier = {noise:g} and privacy.mode = {mode};"
+            " allowed: exactly one of the two above 0"
+        ),
+    ),
+    Agreement(
+        ("privacy.mode", "lora.dropout"),
+        lambda mode, dropout: mode == "none" or dropout == 0,
+        lambda mode, dropout: (
+            f"lora.dropout: found {dropout:g}; allowed: 0 with privacy.mode = {mode}, or left out, since a gradient"
+            " under dropout depends on more than its unit"
+        ),
+    ),
+    Agreement(
+        ("privacy.mode", "federation.weighting"),
+        lambda mode, weighting: mode == "none" or weighting == "uniform",
+        lambda mode, weighting: (
+            f"federation.weighting: found {weighting}; allowed: uniform with privacy.mode = {mode}, since how many"
+            " records an institution has is data"
+        ),
+    ),
+    Agreement(
+        ("privacy.mode", "secure_aggregation.enabled"),
+        lambda mode, enabled: enabled or mode not in ("institution", "distributed"),
+        lambda mode, enabled: (
+            f"privacy.mode: found {mode}, whose noise is in the sum only, and secure aggregation is off; allowed:"
+            " record or patient, or secure_aggregation.enabled=true"
         ),
     ),
     Agreement(

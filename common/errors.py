@@ -34,11 +34,13 @@ class RunStopped(SilotuneError):
 class Refusal(SilotuneError):
     """An institution does not take part in a phase.
 
-    reason: one word of `messages.REASONS`; it is all that the coordinator learns.
+    reason: one word of `messages.REASONS`. parts: words that say what differs, none of them from data (see
+    `messages.Refused`). Both are all that the coordinator learns.
     detail: for the institution's own log only. It may hold paths or data, so it is never sent.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", parts: tuple[str, ...] = ()) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+        self.parts = parts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from common.chat import own_tokens, turns_of
@@ -64,11 +64,21 @@ class Counts:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """All examples of a set of records, in order. lengths: tokens of each record before anything is cut."""
+    """All examples of a set of records, in order.
+
+    lengths: tokens of each record before anything is cut. pieces: how many examples each record has become.
+    """
 
     examples: tuple[Example, ...]
     counts: Counts
     lengths: tuple[int, ...]
+    pieces: tuple[int, ...]
+
+    @property
+    def by_record(self) -> tuple[tuple[Example, ...], ...]:
+        """The examples of each record."""
+        examples = iter(self.examples)
+        return tuple(tuple(islice(examples, count)) for count in self.pieces)
 
 
 def examples_of(
@@ -80,7 +90,7 @@ def examples_of(
     """
     fit = _pieces if train.long == "chunk" else _truncated
     examples: list[Example] = []
-    counts, lengths = Counts(), []
+    counts, lengths, pieces = Counts(), [], []
     for number, record in enumerate(records, 1):
         whole, notes = _tokenise(record, tokenizer, train.supervised, f"{source}: record {number}")
         begins = tokenizer.bos_token_id is not None and whole[0].ids[0] == tokenizer.bos_token_id
@@ -88,7 +98,8 @@ def examples_of(
         examples += fitted
         counts += notes + _compared(whole, fitted, train.max_tokens)
         lengths.append(sum(len(example.ids) for example in whole))
-    return Tokenised(tuple(examples), counts, tuple(lengths))
+        pieces.append(len(fitted))
+    return Tokenised(tuple(examples), counts, tuple(lengths), tuple(pieces))
 
 
 def _compared(whole: Sequence[Example], fitted: Sequence[Example], most: int) -> Counts:

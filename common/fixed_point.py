@@ -59,6 +59,7 @@ class Layout:
 
     parameters: m, elements of the update. members: n, the most institutions that can be in the sum.
     clip: largest absolute value of an element. bits: of a quantised element, sign included. weight_bits: of a weight.
+    headroom: what noise in shares adds, at most, to the largest absolute value of a sum's element.
 
     Raises ConfigError for a form that cannot be meant, and when the sum of n vectors does not fit the widest ring.
     """
@@ -69,18 +70,20 @@ class Layout:
     bits: int
     weight_bits: int
     counters: tuple[str, ...] = field(default=COUNTERS)
+    headroom: int = 0
 
     def __post_init__(self) -> None:
-        if self.parameters < 0 or self.members < 1 or self.bits < 2 or self.weight_bits < 1:
+        if self.parameters < 0 or self.members < 1 or self.bits < 2 or self.weight_bits < 1 or self.headroom < 0:
             raise ConfigError(
-                "quantise: expected at least 0 parameters, 1 institution, 2 bits an element and 1 bit of weight, found "
-                f"{self.parameters}, {self.members}, {self.bits} and {self.weight_bits}"
+                "quantise: expected at least 0 parameters, 1 institution, 2 bits an element, 1 bit of weight and a "
+                f"headroom of 0, found {self.parameters}, {self.members}, {self.bits}, {self.weight_bits} and "
+                f"{self.headroom}"
             )
         if self.ring_bits > RING_BITS:
             raise ConfigError(
                 f"quantise: {self.bits} bits an element + {self.weight_bits} bits of weight + {self.member_bits} bits "
-                f"for {self.members} institutions need {self.ring_bits} bits, the widest ring has {RING_BITS}; "
-                "lower quantise.bits"
+                f"for {self.members} institutions{' and their noise' if self.headroom else ''} need {self.ring_bits} "
+                f"bits, the widest ring has {RING_BITS}; lower quantise.bits"
             )
         if not (self.clip > 0 and math.isfinite(self.clip) and math.isfinite(self.levels / self.clip)):
             raise ConfigError(f"quantise.clip: expected a finite number above 0, found {self.clip}")
@@ -93,7 +96,8 @@ class Layout:
     @property
     def ring_bits(self) -> int:
         """k: bits of an element of the ring, and of the wire; they just hold the sum of n weighted elements."""
-        return self.bits + self.weight_bits + self.member_bits
+        largest = self.members * self.levels * self.max_weight + self.headroom
+        return max(self.bits + self.weight_bits + self.member_bits, largest.bit_length() + 1)
 
     @property
     def ring_mask(self) -> int:
@@ -195,6 +199,20 @@ def encode(update: Vector, weight: int, counters: Mapping[str, int], layout: Lay
         np.multiply(weighted, np.uint32(weight), out=weighted)
         np.bitwise_and(weighted, np.uint32(layout.ring_mask), out=weighted)
     return _sealed(vector, {**counters, "weight": weight}, layout)
+
+
+def encode_levels(levels: NDArray[np.int64], layout: Layout) -> Ring:
+    """The vector [layout.length] of an institution whose update is in whole levels already, noise and all; weight 1.
+
+    Of the counters only its own weight and that it is one vector: neither depends on data.
+
+    Raises ConfigError for another length.
+    """
+    if levels.shape != (layout.parameters,):
+        raise ConfigError(f"expected an update of {layout.parameters} elements, found {levels.shape}")
+    vector = np.empty(layout.length, np.uint32)
+    vector[: layout.parameters] = (levels & layout.ring_mask).astype(np.uint32)
+    return _sealed(vector, {"weight": 1}, layout)
 
 
 def void(layout: Layout) -> Ring:

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+import re
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
 
 from common import policy_reasons
 from common.adapter import Adapter
 from common.base_model import Fingerprint
-from common.config import Config, LoraConfig, QuantiseConfig, TrainConfig
+from common.config import Config, LoraConfig, PrivacyConfig, QuantiseConfig, TrainConfig
 from common.config_rules import RULES
-from common.errors import ConfigError
+from common.errors import ConfigError, Refusal
 from common.fixed_point import Layout, Ring
+from common.privacy.distributed import SharedNoise
+from common.privacy.mechanism import shared_noise
+from common.publication import Publication
 from common.secagg import reasons as secagg_reasons
 from common.secagg.attempt import Attempt
 from common.secagg.messages import FromMember, ToMember
 from common.secagg.terms import Terms
+from common.typed import built
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 # Reason codes: all that a coordinator ever learns of why an institution did not answer.
 PROTOCOL_DIFFERS = "protocol_differs"
+VERSION_DIFFERS = "version_differs"
 BASE_MODEL_DIFFERS = "base_model_differs"
 ADAPTER_DIGEST_DIFFERS = "adapter_digest_differs"
 ADAPTER_DOES_NOT_FIT = "adapter_does_not_fit"
@@ -38,11 +44,16 @@ INTERNAL_ERROR = "internal_error"
 BUNDLE_REFUSED = "bundle_refused"
 MESSAGE_TYPE_REFUSED = "message_type_refused"
 RESTARTED = "restarted"
-TIMED_OUT = "timed_out"  # said by the coordinator of an institution that did not answer
+SIGNATURE_DIFFERS = "signature_differs"
+
+# Said by the coordinator of an institution: it did not answer, or gave another name than the one it is enrolled by.
+TIMED_OUT = "timed_out"
+NAME_DIFFERS = "name_differs"
 
 REASONS = frozenset(
     {
         PROTOCOL_DIFFERS,
+        VERSION_DIFFERS,
         BASE_MODEL_DIFFERS,
         ADAPTER_DIGEST_DIFFERS,
         ADAPTER_DOES_NOT_FIT,
@@ -54,48 +65,13 @@ REASONS = frozenset(
         BUNDLE_REFUSED,
         MESSAGE_TYPE_REFUSED,
         RESTARTED,
+        SIGNATURE_DIFFERS,
         TIMED_OUT,
+        NAME_DIFFERS,
         *secagg_reasons.REASONS,
         *policy_reasons.REASONS,
     }
 )
-
-
-T = TypeVar("T")
-
-
-def built(kind: type[T], values: dict[str, Any]) -> T:
-    """A dataclass from values that came from outside: all its fields, no others, each of its declared type.
-
-    Raises TypeError for anything else.
-    """
-    made = kind(**values)
-    hints = get_type_hints(kind)
-    for field in fields(made):  # type: ignore[arg-type]  # kind is a dataclass
-        value = getattr(made, field.name)
-        if field.name not in values or not _has_type(value, hints[field.name]):
-            raise TypeError(f"{kind.__name__}.{field.name}: expected {field.type}, found {value!r:.60}")
-    return made
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if isinstance(kind, UnionType):  # Terms | None
-        return any(_has_type(value, part) for part in get_args(kind))
-    if origin := get_origin(kind):  # list[str], tuple[str, ...]
-        return isinstance(value, origin) and all(_has_type(part, get_args(kind)[0]) for part in value)
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, int):  # JSON's have no end; numpy's and torch's do
-        return kind in (int, float) and -(2**63) <= value < 2**63
-    return isinstance(value, kind)
-
-
-@dataclass(frozen=True)
-class Hello:
-    """The coordinator's first message of a run: which protocol it speaks, and which base model it means."""
-
-    protocol: int
-    fingerprint: Fingerprint
 
 
 @dataclass(frozen=True)
@@ -110,9 +86,13 @@ class Introduction:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an institution needs to know of the coordinator's configuration, the same in every round of a run."""
+    """What an institution needs to know of the coordinator's configuration, the same in every round of a run.
+
+    data_set: name of the records that are trained on; each institution's own files say where those are.
+    """
 
     seed: int
+    data_set: str
     rounds: int
     method: str
     weighting: str
@@ -121,19 +101,23 @@ class Settings:
     lora: LoraConfig
     train: TrainConfig
     quantise: QuantiseConfig
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @classmethod
     def of(cls, config: Config) -> Settings:
         return cls(
             seed=config.seed,
+            data_set=config.data.name,
             rounds=config.federation.rounds,
             method=config.federation.method,
             weighting=config.federation.weighting,
             weight_unit=config.federation.weight_unit,
-            evaluate=config.evaluation.institutions,
+            # Under differential privacy no exact sum over held-out records leaves.
+            evaluate=config.evaluation.institutions and not config.privacy.private,
             lora=config.lora,
             train=config.train,
             quantise=config.quantise,
+            privacy=config.privacy,
         )
 
     def to_json(self) -> str:
@@ -152,6 +136,7 @@ class Settings:
                     "lora": built(LoraConfig, values["lora"]),
                     "train": built(TrainConfig, values["train"]),
                     "quantise": built(QuantiseConfig, values["quantise"]),
+                    "privacy": built(PrivacyConfig, values["privacy"]),
                 },
             )
             impossible = [key for key, value in settings._rulable().items() if not RULES[key].holds(value)]
@@ -166,14 +151,38 @@ class Settings:
         """Values by their key in the configuration. Not the method: one that is unknown here has its own refusal."""
         values = asdict(self)
         nested = {
-            f"{part}.{key}": value for part in ("lora", "train", "quantise") for key, value in values[part].items()
+            f"{part}.{key}": value
+            for part in ("lora", "train", "quantise", "privacy")
+            for key, value in values[part].items()
         }
         return nested | {
             "seed": self.seed,
+            "data.name": self.data_set,
             "federation.rounds": self.rounds,
             "federation.weighting": self.weighting,
             "federation.weight_unit": self.weight_unit,
         }
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The coordinator's first message of a run: who it is, and all that the run will ask for.
+
+    protocol, version: what it speaks, and its release of Silotune. roster: digest of the names and keys that it holds
+    for secure aggregation; empty where vectors travel in the clear.
+    """
+
+    protocol: int
+    version: str
+    run: str
+    fingerprint: Fingerprint
+    settings: Settings
+    roster: str = ""
+
+    @classmethod
+    def of(cls, config: Config, run: str, fingerprint: Fingerprint, roster: str = "") -> Hello:
+        """What this release says of a run with that configuration."""
+        return cls(PROTOCOL, version("silotune"), run, fingerprint, Settings.of(config), roster)
 
 
 @dataclass(frozen=True)
@@ -212,9 +221,23 @@ class Plan:
     @property
     def layout(self) -> Layout:
         """The form of the vectors of this round. Raises ConfigError when their sum would not fit."""
-        quantise = self.settings.quantise
-        members = self.secure.terms.members if self.secure else len(self.cohort)
-        return Layout(self.parameters, members, quantise.clip, quantise.bits, quantise.weight_bits)
+        quantise, terms = self.settings.quantise, self.secure.terms if self.secure else None
+        members = terms.members if terms else len(self.cohort)
+        noise = self.shared_noise
+        headroom = noise.headroom if noise else 0
+        return Layout(self.parameters, members, quantise.clip, quantise.bits, quantise.weight_bits, headroom=headroom)
+
+    @property
+    def shared_noise(self) -> SharedNoise | None:
+        """What every member adds to its vector before masking; None in modes without.
+
+        Raises ConfigError when the numbers do not fit each other.
+        """
+        settings = self.settings
+        if not settings.privacy.shared_noise or self.secure is None:
+            return None
+        terms = self.secure.terms
+        return shared_noise(settings.privacy, settings.quantise, self.parameters, settings.rounds, terms)
 
     @property
     def attempt(self) -> Attempt:
@@ -250,13 +273,45 @@ class Contribution:
 class Refused:
     """An institution's polite no.
 
-    reason: one of REASONS. name: who refuses, where that is not known yet. parts: of a base model, those that differ.
+    reason: one of REASONS. name: who refuses, where that is not known yet. parts: of a base model, those that differ;
+    of a protocol or a version, what the institution has.
     """
 
     reason: str
     name: str = ""
     parts: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, refusal: Refusal, name: str = "") -> Refused:
+        """All of a refusal that may leave.
 
-Request = Hello | TrainRequest | ToMember
-Reply = Introduction | Contribution | FromMember | Refused
+        One in other words than the protocol's is a mistake of ours, and perhaps speaks of data: it leaves as
+        internal_error.
+        """
+        known = refusal.reason in REASONS and all(is_part(part) for part in refusal.parts)
+        return cls(refusal.reason, name, refusal.parts) if known else cls(INTERNAL_ERROR, name)
+
+
+def is_part(text: str) -> bool:
+    """Whether a refusal may hold it: a part of a base model, or the number of a protocol or a release."""
+    release = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}(\.?[a-z]{1,4}[0-9]{0,6})?"
+    return text in Fingerprint.PARTS or re.fullmatch(release, text) is not None
+
+
+@dataclass(frozen=True)
+class Published:
+    """The adapter that a run ends with, and what the coordinator signs of it. Coordinator to every institution."""
+
+    publication: Publication
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Received:
+    """An institution keeps the adapter that a run published."""
+
+    run: str
+
+
+Request = Hello | TrainRequest | ToMember | Published
+Reply = Introduction | Contribution | FromMember | Received | Refused

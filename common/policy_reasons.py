@@ -9,6 +9,10 @@ PASSES_TOO_MANY = "passes_too_many"
 DATA_SET_NOT_ALLOWED = "data_set_not_allowed"
 DATA_SET_UNKNOWN = "data_set_unknown"
 NOT_APPROVED = "not_approved"
+PRIVACY_REQUIRED = "privacy_required"
+BUDGET_EXHAUSTED = "budget_exhausted"
+PAUSED = "paused"
+LEFT = "left"
 ROUNDS_PER_DAY_EXCEEDED = "rounds_per_day_exceeded"
 
 REASONS = frozenset(
@@ -20,6 +24,10 @@ REASONS = frozenset(
         DATA_SET_NOT_ALLOWED,
         DATA_SET_UNKNOWN,
         NOT_APPROVED,
+        PRIVACY_REQUIRED,
+        BUDGET_EXHAUSTED,
+        PAUSED,
+        LEFT,
         ROUNDS_PER_DAY_EXCEEDED,
     }
 )

@@ -21,21 +21,27 @@ from common.base_model import Fingerprint
 from common.errors import Refusal, SilotuneError
 from common.messages import (
     MALFORMED,
+    PROTOCOL,
+    PROTOCOL_DIFFERS,
     REASONS,
     Contribution,
     Hello,
     Introduction,
     Plan,
+    Published,
+    Received,
     Refused,
     Reply,
     Request,
     SecurePlan,
     Settings,
     TrainRequest,
-    built,
+    is_part,
 )
+from common.publication import Publication
 from common.secagg import messages as secagg
 from common.secagg.terms import Terms
+from common.typed import built
 
 ARRAY = "array"
 
@@ -54,9 +60,11 @@ def to_wire(message: Request | Reply) -> Wire:
     kind = type(message).__name__
     match message:
         case TrainRequest(plan, adapter):
-            shapes = {key: list(factor.shape) for key, factor in adapter.factors.items()}
-            fields = {"plan": plan_fields(plan), "shapes": shapes}
-            return Wire(kind, json.dumps(fields), {ARRAY: flatten(adapter.factors, adapter.factors)})
+            return _with_adapter(kind, {"plan": plan_fields(plan)}, adapter)
+        case Published(publication, adapter):
+            return _with_adapter(kind, {"publication": publication.to_json()}, adapter)
+        case Hello():
+            return Wire(kind, json.dumps({**asdict(message), "settings": message.settings.to_json()}))
         case Contribution(plan_digest, vector):
             return Wire(kind, json.dumps({"plan_digest": plan_digest}), {ARRAY: vector})
         case secagg.MaskedInput(plan, vector):
@@ -65,35 +73,53 @@ def to_wire(message: Request | Reply) -> Wire:
             return Wire(kind, json.dumps(_plain(asdict(message))))
 
 
+def _with_adapter(kind: str, fields: dict[str, Any], adapter: Adapter) -> Wire:
+    shapes = {key: list(factor.shape) for key, factor in adapter.factors.items()}
+    return Wire(kind, json.dumps({**fields, "shapes": shapes}), {ARRAY: flatten(adapter.factors, adapter.factors)})
+
+
 def size(wire: Wire) -> int:
     """Bytes that a message takes, transport aside."""
     return len(wire.text) + sum(array.nbytes for array in wire.arrays.values())
 
 
 def from_wire(wire: Wire) -> Request | Reply:
-    """The message that travelled. Raises Refusal(malformed) for anything that `to_wire` does not write."""
+    """The message that travelled.
+
+    Raises Refusal(protocol_differs) for a Hello of another protocol, whatever else it holds, and Refusal(malformed) for
+    anything that `to_wire` does not write.
+    """
     try:
-        return _read(wire.kind, json.loads(wire.text), wire.arrays)
+        fields = json.loads(wire.text)
+        spoken = fields["protocol"] if wire.kind == "Hello" else PROTOCOL
+        if type(spoken) is not int or spoken == PROTOCOL:
+            return _read(wire.kind, fields, wire.arrays)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, SilotuneError) as error:
         raise Refusal(MALFORMED, f"a message {wire.kind!r:.40} cannot be read: {error}") from error
+    raise Refusal(PROTOCOL_DIFFERS, f"the coordinator speaks protocol {spoken}, this is {PROTOCOL}", (str(PROTOCOL),))
 
 
 def _read(kind: str, fields: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Request | Reply:
     match kind:
         case "Hello":
-            return built(Hello, _with_fingerprint(fields))
+            hello = built(Hello, {**_with_fingerprint(fields), "settings": Settings.from_json(fields["settings"])})
+            _require_word(hello.version)
+            _require_word(hello.run)
+            return hello
         case "Introduction":
             introduction = built(Introduction, _with_fingerprint(fields))
             _require_word(introduction.name)
             _require_word(introduction.version)
             return introduction
         case "TrainRequest":
-            # Only their shapes are used, so they take no memory, however large a sender says they are.
-            shapes = {key: np.broadcast_to(np.float32(0), _shape(shape)) for key, shape in fields["shapes"].items()}
-            if set(fields) != {"plan", "shapes"}:
-                raise ValueError("expected a plan and the shapes of an adapter")
-            plan = read_plan(fields["plan"])
-            return TrainRequest(plan, Adapter(unflatten(_vector(arrays, np.float32), shapes, shapes)))
+            return TrainRequest(read_plan(fields["plan"]), _adapter(fields, arrays, "plan"))
+        case "Published":
+            publication = Publication.from_json(fields["publication"])
+            _require_word(publication.run)
+            return Published(publication, _adapter(fields, arrays, "publication"))
+        case "Received":
+            _require_word(fields["run"])
+            return built(Received, fields)
         case "Contribution":
             if set(fields) != {"plan_digest"} or not isinstance(fields["plan_digest"], str):
                 raise ValueError("expected the digest of a plan")
@@ -124,13 +150,22 @@ def _read(kind: str, fields: dict[str, Any], arrays: Mapping[str, NDArray[Any]])
             return _about_a_plan(secagg.Revealed(fields["plan"], shares), fields, {"plan", "shares"})
         case "Refused":
             refused = built(Refused, {**fields, "parts": _tuple(fields["parts"])})
-            if refused.reason not in REASONS or not set(refused.parts) <= set(Fingerprint.PARTS):
-                raise ValueError("unknown reason code or part of a base model")
+            if refused.reason not in REASONS or not all(is_part(part) for part in refused.parts):
+                raise ValueError("unknown reason code, or a part that is none")
             if refused.name:
                 _require_word(refused.name)
             return refused
         case _:
             raise ValueError("unknown kind of message")
+
+
+def _adapter(fields: dict[str, Any], arrays: Mapping[str, NDArray[Any]], beside: str) -> Adapter:
+    """The adapter of a message that has the field `beside` besides."""
+    if set(fields) != {beside, "shapes"}:
+        raise ValueError(f"expected a {beside} and the shapes of an adapter")
+    # Only their shapes are used, so they take no memory, however large a sender says they are.
+    shapes = {key: np.broadcast_to(np.float32(0), _shape(shape)) for key, shape in fields["shapes"].items()}
+    return Adapter(unflatten(_vector(arrays, np.float32), shapes, shapes))
 
 
 def _with_fingerprint(fields: dict[str, Any]) -> dict[str, Any]:

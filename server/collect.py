@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,22 @@ from common.wire import size, to_wire
 
 log = logging.getLogger("silotune.server")
 
-OnReply = Callable[[int, int, int], None]
-"""Told (round, answered, invited) as institutions have trained."""
+
+@dataclass(frozen=True)
+class Heard:
+    """Who answered a question of a round so far, and who is waited for. phase: what was asked: train, or shares,
+    masked input, consent and unmask of secure aggregation. answered: with an answer or a refusal.
+    """
+
+    round: int
+    attempt: int
+    phase: str
+    answered: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+
+OnHeard = Callable[[Heard], None]
+"""Told when a question goes out, and with each answer."""
 
 
 class Members(Protocol):
@@ -25,6 +39,31 @@ class Members(Protocol):
 
     def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
         """Sends each named institution its request and yields one reply a name, in any order."""
+
+
+class Listener:
+    """Keeps who answered the question that is under way, and tells."""
+
+    def __init__(self, round_number: int, attempt: int, on_heard: OnHeard) -> None:
+        self._round = round_number
+        self._attempt = attempt
+        self._on_heard = on_heard
+        self._phase = ""
+        self._waiting: dict[str, bool] = {}
+
+    def ask(self, phase: str, names: Iterable[str]) -> None:
+        """A question goes out to these."""
+        self._phase, self._waiting = phase, dict.fromkeys(names, True)
+        self._tell()
+
+    def hear(self, name: str) -> None:
+        """One of them answered."""
+        self._waiting[name] = False
+        self._tell()
+
+    def _tell(self) -> None:
+        sides = (tuple(name for name, waits in self._waiting.items() if waits is side) for side in (False, True))
+        self._on_heard(Heard(self._round, self._attempt, self._phase, *sides))
 
 
 @dataclass(frozen=True)
@@ -61,7 +100,7 @@ Collect = Callable[[Plan, Adapter, Clock], Collected]
 
 
 def collect_in_clear(
-    plan: Plan, adapter: Adapter, members: Members, timeout_s: float, min_cohort: int, clock: Clock, on_reply: OnReply
+    plan: Plan, adapter: Adapter, members: Members, timeout_s: float, min_cohort: int, clock: Clock, on_heard: OnHeard
 ) -> Collected:
     """Adds each vector to the sum as it arrives and forgets it; the sum over fewer than `min_cohort` is not used.
 
@@ -72,6 +111,8 @@ def collect_in_clear(
     digest = plan.digest()
     request = TrainRequest(plan, adapter)
     bytes_up = 0
+    listener = Listener(plan.round, 1, on_heard)
+    listener.ask("train", plan.cohort)
     for name, reply in members.ask(dict.fromkeys(plan.cohort, request), timeout_s):
         clock.lap("train")
         if isinstance(reply, Contribution) and reply.plan_digest == digest:
@@ -87,7 +128,7 @@ def collect_in_clear(
             log.warning("round %d: %s did not contribute: %s", plan.round, name, refused[name])
         del reply  # before the next one comes, so that no two vectors are held
         clock.lap("aggregate")
-        on_reply(plan.round, len(contributors) + len(refused), len(plan.cohort))
+        listener.hear(name)
     if len(contributors) < min_cohort:
         said = ", ".join(f"{name}: {reason}" for name, reason in sorted(refused.items()))
         raise RunStopped(

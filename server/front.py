@@ -87,8 +87,9 @@ def serve_front(
 ) -> None:
     """Serves until `stop` is set, then comes back within seconds.
 
-    certificate, key: what members see. upstream: host:port of the SuperLink. upstream_root: its certificate in PEM, the
-    only one that is trusted there. In a main thread SIGTERM and SIGINT stop it too, and then take their usual course.
+    certificate, key: what members see, and others as soon as they fit together: connections go on. upstream: host:port
+    of the SuperLink. upstream_root: its certificate in PEM, the only one that is trusted there. In a main thread
+    SIGTERM and SIGINT stop it too, and then take their usual course.
 
     Raises OSError when the port is taken.
     """
@@ -136,9 +137,11 @@ async def _serve(
         timeout_keep_alive=int(front.limits.quiet_s),
         timeout_graceful_shutdown=2,
     )
+    shown = _Shown(certificate, key)  # first, so that a change from here on is seen
     config.load()
     assert config.ssl is not None
     config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    context = config.ssl
     server = uvicorn.Server(config)
 
     async def watch() -> None:
@@ -148,6 +151,7 @@ async def _serve(
             on_ready()
         while not stop.is_set():
             await asyncio.sleep(0.1)
+            shown.renew(context)
         server.should_exit = True
 
     watching = asyncio.create_task(watch())
@@ -158,6 +162,38 @@ async def _serve(
     finally:
         watching.cancel()
         await front.close()
+
+
+class _Shown:
+    """The certificate that members see; another one is taken up when its files change and fit together."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self._files = certificate, key
+        self._seen = self._complained = self._stamps()
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Lets new connections see what is in the files now. Files that do not fit, yet, leave all as it was."""
+        stamps = self._stamps()
+        if stamps == self._seen:
+            return
+        try:
+            for found in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+                found.load_cert_chain(*self._files, password="")  # without a passphrase: nobody is there to be asked
+        except (OSError, ValueError) as error:
+            if stamps != self._complained:
+                self._complained = stamps
+                log.warning("%s and its key do not fit together; the one before is shown: %s", self._files[0], error)
+            return
+        self._seen = stamps
+        log.warning("%s is another certificate, and is shown from now on", self._files[0])
+
+    def _stamps(self) -> list[tuple[int, int, int]]:
+        """Others whenever a file was changed or replaced."""
+        try:
+            found = [file.stat() for file in self._files]
+        except OSError:
+            return []
+        return [(file.st_ino, file.st_mtime_ns, file.st_size) for file in found]
 
 
 class _Front:

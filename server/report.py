@@ -64,7 +64,10 @@ def tables(summary: Mapping[str, Any]) -> Group:
     s = Summary.from_json(summary)
     found = judge(s)
     measures = 2 if s.has_accuracy else 1
-    first = _table("On everybody's test", ["", "perplexity", "accuracy"][: 1 + measures])
+    first = _table(
+        "On the coordinator's test records" if s.deployed else "On everybody's test",
+        ["", "perplexity", "accuracy"][: 1 + measures],
+    )
     for arm in s.arms:
         label = f"{arm.label}: {arm.institution}" if arm.institution else arm.label
         cells = [label, perplexity_text(arm.score.perplexity), accuracy_text(arm.score.accuracy)]
@@ -79,7 +82,7 @@ def tables(summary: Mapping[str, Any]) -> Group:
         result = Text(f"{SIGNS[c.outcome]} {c.outcome}", style=_STYLES[c.outcome])
         second.add_row(*map(Text, cells), *([result] if s.home_compared else []))
     line = Text.assemble((found.headline, _STYLES[found.tone]), " ", found.detail)
-    return Group(first, second, line)
+    return Group(first, line) if s.deployed else Group(first, second, line)
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,8 @@ class Summary:
     home_compared: whether `home` starts from local-only.
     bytes_up, bytes_down: of one institution in one round. seconds: by phase, in order, with "total".
     secure_aggregation_share: of the rounds' seconds; None where it was off or not measured. terms: None where it was
-    off or not told.
+    off or not told. run: the name of a run of real institutions, whose own scores nobody but they know; empty for a
+    simulation. delivered: who has the adapter, of such a run.
     """
 
     name: str
@@ -240,6 +241,8 @@ class Summary:
     base_model: tuple[tuple[str, str], ...]
     versions: tuple[tuple[str, str], ...]
     started: str
+    run: str
+    delivered: tuple[str, ...]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Summary:
@@ -270,7 +273,7 @@ class Summary:
             rounds_planned=root["rounds_planned"].whole(),
             best_round=None if best_round is None else best_round.whole(),
             stopped_early=root["stopped_early"].flag(),
-            institutions=tuple(clean(node.text(), LONGEST_NAME) for node in root["institutions"].elements()),
+            institutions=_names(root["institutions"]),
             refused=tuple((name, node.text()) for name, node in root["refused"].items()) if root.get("refused") else (),
             absences=_absences(root.get("absences")),
             base=Score.read(everyone["base"]),
@@ -299,6 +302,8 @@ class Summary:
             base_model=tuple((name, without_paths(node.plain())) for name, node in root["base_model"].items()),
             versions=tuple((name, without_paths(node.plain())) for name, node in root["versions"].items()),
             started=_moment(root["started"].text()),
+            run="" if (run := root.get("run")) is None else clean(run.text(), 2 * LONGEST_NAME),
+            delivered=_names(root.get("delivered")),
         )
 
     @property
@@ -317,6 +322,16 @@ class Summary:
         return [Arm("base", self.base), *best, *others, Arm("federated", self.federated), *pooled]
 
     @property
+    def deployed(self) -> bool:
+        """Whether real institutions took part, each of which keeps its own scores to itself."""
+        return bool(self.run)
+
+    @property
+    def undelivered(self) -> list[str]:
+        """Who has not got the adapter of such a run yet."""
+        return [name for name in self.institutions if self.deployed and name not in self.delivered]
+
+    @property
     def members(self) -> list[str]:
         """The roster without those that were refused."""
         absent = {name for name, _ in self.refused}
@@ -325,6 +340,10 @@ class Summary:
     def with_outcome(self, kind: str) -> list[str]:
         """Names of the institutions whose comparison with local-only came out as `kind`."""
         return [c.name for c in self.home if c.outcome == kind] if self.home_compared else []
+
+
+def _names(node: _Node | None) -> tuple[str, ...]:
+    return tuple(clean(part.text(), LONGEST_NAME) for part in node.elements()) if node else ()
 
 
 def _absences(node: _Node | None) -> tuple[tuple[str, str, int], ...]:

@@ -17,7 +17,7 @@ from common.secagg.identity import Roster
 from common.secagg.messages import Consent, Keys, MaskedInput, Revealed, Shares
 from common.wire import size, to_wire
 from server.attempts import Attempts
-from server.collect import Clock, Collected, Members, OnReply
+from server.collect import Clock, Collected, Listener, Members, OnHeard
 
 log = logging.getLogger("silotune.server")
 
@@ -32,7 +32,7 @@ def collect_securely(
     roster: Roster,
     attempts: Attempts,
     clock: Clock,
-    on_reply: OnReply,
+    on_heard: OnHeard,
 ) -> Collected:
     """The sum over the institutions of `plan.cohort`, or over those that are left of them; no vector by itself.
 
@@ -42,9 +42,9 @@ def collect_securely(
     refused: dict[str, str] = {}
     repeats = config.secure_aggregation.repeats
     for repeat in range(repeats + 1):
-        attempt = _Attempt(plan, members, config, roster, attempts, clock)
+        attempt = _Attempt(plan, members, config, roster, attempts, clock, on_heard)
         try:
-            collected = attempt.run(adapter, on_reply)
+            collected = attempt.run(adapter)
             # A survivor that fell silent after its vector was added is in the sum all the same.
             gone = {n: why for n, why in (refused | attempt.refused).items() if n not in collected.contributors}
             return replace(collected, refused=gone, attempts=repeat + 1)
@@ -72,6 +72,7 @@ class _Attempt:
         roster: Roster,
         attempts: Attempts,
         clock: Clock,
+        on_heard: OnHeard,
     ) -> None:
         begun, terms = attempts.begin(
             plan.adapter_digest, plan.cohort, config.secure_aggregation.colluders, config.federation.min_cohort
@@ -86,31 +87,23 @@ class _Attempt:
         self._members = members
         self._attempts = attempts
         self._clock = clock
+        self._listener = Listener(plan.round, self.number, on_heard)
         self._patience = config.federation.timeout_s, config.secure_aggregation.timeout_s
         self._bytes_up = self._bytes_down = 0
 
-    def run(self, adapter: Adapter, on_reply: OnReply) -> Collected:
+    def run(self, adapter: Adapter) -> Collected:
         """Raises AttemptFailed when too few are left, CorruptSum when what they sent does not fit together."""
-        aggregator, cohort = self._aggregator, self.plan.cohort
-        answered = 0
-
-        def on_keys(name: str, keys: Keys) -> None:
-            aggregator.on_keys(name, keys)
-            # Whoever answers has trained.
-            nonlocal answered
-            answered += 1
-            on_reply(self.plan.round, answered + len(self.refused), len(cohort))
-
+        aggregator = self._aggregator
         request = TrainRequest(self.plan, adapter)
-        self._ask(dict.fromkeys(cohort, request), Keys, on_keys, "train")
+        self._ask("train", dict.fromkeys(self.plan.cohort, request), Keys, aggregator.on_keys)
         key_list = aggregator.key_list()
-        self._ask(dict.fromkeys(key_list.keys, key_list), Shares, aggregator.on_shares)
-        self._ask(aggregator.inboxes(), MaskedInput, aggregator.on_masked)
+        self._ask("shares", dict.fromkeys(key_list.keys, key_list), Shares, aggregator.on_shares)
+        self._ask("masked input", aggregator.inboxes(), MaskedInput, aggregator.on_masked)
         survivors = aggregator.survivors()
         self._attempts.name(survivors.names)
-        self._ask(dict.fromkeys(survivors.names, survivors), Consent, aggregator.on_consent)
+        self._ask("consent", dict.fromkeys(survivors.names, survivors), Consent, aggregator.on_consent)
         consents = aggregator.consents()
-        self._ask(dict.fromkeys(consents.signatures, consents), Revealed, aggregator.on_revealed)
+        self._ask("unmask", dict.fromkeys(consents.signatures, consents), Revealed, aggregator.on_revealed)
         total = aggregator.unmask()
         summed = decode(total, self.plan.layout, members=len(survivors.names))
         self._clock.lap("secure_aggregation")
@@ -118,13 +111,15 @@ class _Attempt:
 
     def _ask(
         self,
+        phase: str,
         requests: Mapping[str, Request],
         kind: type[Answer],
         take: Callable[[str, Answer], None],
-        phase: str = "secure_aggregation",
     ) -> None:
         """Asks, and lets the aggregator take the answers as they come; who gives none that it takes has left."""
-        patience = self._patience[0] if phase == "train" else self._patience[1]
+        # Whoever answers the first question has trained.
+        lap, patience = ("train", self._patience[0]) if phase == "train" else ("secure_aggregation", self._patience[1])
+        self._listener.ask(phase, requests)
         # The same question to everybody is measured once.
         self._bytes_down += max(size(to_wire(request)) for request in {id(r): r for r in requests.values()}.values())
         sent = 0
@@ -139,6 +134,7 @@ class _Attempt:
             except Refusal as refusal:
                 self.refused[name] = refusal.reason
                 log.warning("round %d, attempt %d: %s left: %s", self.plan.round, self.number, name, refusal)
-            self._clock.lap(phase)
+            self._clock.lap(lap)
+            self._listener.hear(name)
             del reply  # before the next one comes, so that no two vectors are held
         self._bytes_up += sent

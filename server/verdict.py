@@ -132,6 +132,8 @@ class Verdict:
 
 def _headline(s: Summary) -> tuple[str, str]:
     """Tone and sentence; weighs the institutions' own tests first, since they decide who joins the next federation."""
+    if s.deployed:
+        return _deployed_headline(s)
     if s.best is None:
         return "unknown", "No comparison was run, so this report cannot say whether the federation paid off."
     if not math.isfinite(s.federated.perplexity):
@@ -166,6 +168,21 @@ def _headline(s: Summary) -> tuple[str, str]:
     )
 
 
+def _deployed_headline(s: Summary) -> tuple[str, str]:
+    """What a coordinator can say by itself: nobody told it how well an institution does alone."""
+    if not math.isfinite(s.federated.perplexity):
+        return "no", "No: the federated model diverged, its perplexity is not finite."
+    if Comparison("everyone", s.base, s.federated).outcome == "gained":
+        return "partly", "The federated model beats the base model."
+    return "no", "No: the federated model is not clearly better than the base model."
+
+
+_DEPLOYED_DETAIL = (
+    "Whether that beats training alone, this page cannot know: no institution told the coordinator. Each can find out"
+    " for itself, with `silotune-client adapter evaluate`."
+)
+
+
 def _gap_sentence(s: Summary) -> str:
     """How far the federation came from the best local-only model towards pooled training."""
     if s.best is None or s.pooled is None:
@@ -192,11 +209,16 @@ def _score_text(score: Score) -> str:
     return perplexity_text(score.perplexity) + accuracy
 
 
+_BADGES = {"yes": "Paid off", "partly": "Paid off in part", "no": "Did not pay off", "unknown": "Not compared"}
+_DEPLOYED_BADGES = {"partly": "Better than the base", "no": "Not better than the base"}
+
+
 def judge(s: Summary) -> Verdict:
     """The verdict with its parts, for the page."""
     tone, headline = _headline(s)
-    badge = {"yes": "Paid off", "partly": "Paid off in part", "no": "Did not pay off", "unknown": "Not compared"}[tone]
-    sentences = [f"On everybody's test the federated model has perplexity {_score_text(s.federated)}"]
+    badges = _DEPLOYED_BADGES if s.deployed else _BADGES
+    where = "the coordinator's test records" if s.deployed else "everybody's test"
+    sentences = [f"On {where} the federated model has perplexity {_score_text(s.federated)}"]
     if s.best is None:
         sentences[0] += f", the base model {_score_text(s.base)}."
     else:
@@ -210,7 +232,11 @@ def judge(s: Summary) -> Verdict:
     if s.absences:
         names = list(dict.fromkeys(name for name, _, _ in s.absences))
         sentences.append(f"Missed some rounds: {listed(names)}.")
-    return Verdict(tone, badge, headline, " ".join(filter(None, sentences)))
+    if s.undelivered:
+        sentences.append(f"Without the adapter yet: {listed(s.undelivered)}.")
+    if s.deployed:
+        sentences.append(_DEPLOYED_DETAIL)
+    return Verdict(tone, badges[tone], headline, " ".join(filter(None, sentences)))
 
 
 def verdict(summary: Mapping[str, Any]) -> str:

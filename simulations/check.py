@@ -28,11 +28,11 @@ from common.models import load, load_tokenizer
 from common.records import Record
 from common.secagg.terms import OFF
 from common.text import Example
+from server.terms import terms_of
 from simulations import prepare
 from simulations.footprint import Footprint, Form, bytes_per_round, footprint, form_of
 from simulations.generate.federation import Federation
 from simulations.generate.similarity import NEAR, Index
-from simulations.terms import terms_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client.data_sets import RecordFolder
 from client.institution import Institution
+from client.ledger import Ledger
 from client.policy import Policy
-from client.secure import SecureMember
+from client.secure import SecureMember, Snapshot
 from client.training import Trained
 from common.adapter import Adapter
 from common.config import Config
-from common.fixed_point import Ring
 from common.messages import TIMED_OUT, Hello, Plan, Refused, Reply, Request, TrainRequest
+from common.private_files import keep_identity_key, private_directory
+from common.secagg.identity import Identity
 from simulations.identities import SimulatedIdentities
 from simulations.layout import RunDirectory
 
@@ -79,13 +82,20 @@ def virtual(
     if identities is not None:
         policy = Policy.of(config, identities.roster())
         secure = SecureMember(identities.identity(name), policy, lambda run: home / run / "marks.json", simulated=True)
+    ledger = None
+    if config.privacy.private:
+        # The same key whenever the run is taken up again.
+        private_directory(home / "ledger")
+        ledger = Ledger(home / "ledger", Identity(name, keep_identity_key(home / "ledger" / "identity.pem", None)))
+        ledger.begin()
     kind = SilentInstitution if _faults(config).get(name) == SILENT else Institution
     return kind(
         name=name,
-        data=records / name,
+        data=RecordFolder(records / name),
         home=home,
         model=config.model,
         secure=secure,
+        ledger=ledger,
         spoil=_fault(config, name),
     )
 
@@ -145,19 +155,19 @@ class VirtualInstitutions:
         keep_session(context, institution.secure.snapshot())
 
 
-def session_in(context: Context) -> tuple[str, Ring]:
+def session_in(context: Context) -> Snapshot:
     """What `keep_session` put into a node's state; empty for a node that has none."""
     records = context.state
     if _SESSION not in records.config_records:
-        return "", np.zeros(0, np.uint32)
-    text = str(records.config_records[_SESSION]["text"])
-    return text, records.array_records[_VECTOR]["vector"].numpy()
+        return "", np.zeros(0, np.uint32), np.zeros(0, np.float32)
+    arrays = records.array_records[_VECTOR]
+    return str(records.config_records[_SESSION]["text"]), arrays["vector"].numpy(), arrays["update"].numpy()
 
 
-def keep_session(context: Context, session: tuple[str, Ring]) -> None:
+def keep_session(context: Context, session: Snapshot) -> None:
     """Puts a member's session into its node's state, which Flower holds in memory."""
     from flwr.app import Array, ArrayRecord, ConfigRecord
 
-    text, vector = session
+    text, vector, update = session
     context.state[_SESSION] = ConfigRecord({"text": text})
-    context.state[_VECTOR] = ArrayRecord({"vector": Array(vector)})
+    context.state[_VECTOR] = ArrayRecord({"vector": Array(vector), "update": Array(update)})

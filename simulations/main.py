@@ -65,6 +65,34 @@ def run(
 
 
 @app.command(epilog=cli.EPILOG)
+def federation(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help=CONFIG_HELP)] = "hospitals",
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A new directory for homes, logs and results; removed when left out."),
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local/--no-local", help="Whether each institution also trains by itself, to compare.")
+    ] = True,
+    as_json: cli.Json = False,
+) -> None:
+    """Play the deployment on this machine: real processes, keys, TLS and logs, from `init` to the published adapter."""
+    import tempfile
+
+    loaded = _load(config, overrides)
+    with contextlib.ExitStack() as stack, cli.progress_console(as_json) as console:
+        from simulations import loopback
+
+        root = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="silotune-")))
+        found = loopback.federate(loaded, root, lambda line: cli.say(console, f"$ {line}"), local)
+        console.print(loopback.table(found))
+        cli.say(console, f"homes, logs and results: {root}" if out else "every process ended, every file removed")
+    if as_json:
+        cli.print_json(found.as_dict())
+
+
+@app.command(epilog=cli.EPILOG)
 def check(config: ConfigName, overrides: Overrides = None, as_json: cli.Json = False) -> None:
     """Read all records as a run would, and tell what to mind. Trains nothing, writes nothing.
 

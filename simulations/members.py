@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from client.institution import Institution
 from common.messages import Hello, Introduction, Refused, Reply, Request
@@ -15,10 +16,18 @@ class InProcessMembers:
     def __init__(self, institutions: Sequence[Institution]) -> None:
         self._institutions = {institution.name: institution for institution in institutions}
 
-    def meet(self, hello: Hello, expected: int, timeout_s: float) -> dict[str, Introduction | Refused]:
-        """Every institution's answer to hello, by name."""
-        answers = dict(self.ask(dict.fromkeys(self._institutions, hello), timeout_s))
+    def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> dict[str, Introduction | Refused]:
+        """Every institution's answer to hello, by name, but for those that are known."""
+        names = [name for name in self._institutions if name not in known]
+        answers = dict(self.ask(dict.fromkeys(names, hello), timeout_s))
         return {name: answer for name, answer in answers.items() if isinstance(answer, Introduction | Refused)}
+
+    def reachable(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(self._institutions)
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
         """Each institution's reply, in the order of the requests."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config import COORDINATOR, Config, DataConfig, FileConfig, named
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.formats import read_records
 from common.records import Record, read_jsonl
 from common.sources import read_table
@@ -24,6 +24,11 @@ def gather(data: DataConfig) -> Federation:
     """
     if data.directory:
         return _from_directory(data)
+    if not data.generator and not data.has_files:
+        raise ConfigError(
+            "data: expected a generator, a directory or a path for every institution, found records that lie with the"
+            " institutions; such a run needs them and a coordinator: silotune-server run"
+        )
     return _from_files(data) if data.has_files else generator.generate(data)
 
 

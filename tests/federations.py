@@ -19,6 +19,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from client.app import build_client_app
+from client.data_sets import RecordFolder
 from client.institution import Institution
 from client.policy import Policy
 from client.secure import SecureMember
@@ -124,7 +125,9 @@ class Federation:
 
     def _seat(self, name: str, policy: Policy | None = None) -> Seat:
         secure = SecureMember(self.identities[name], policy or self.policy, lambda run: self.marks(name, run))
-        return Seat(name, self.root / "data", self.home(name), ModelConfig("unused"), secure, train=self.train)
+        return Seat(
+            name, RecordFolder(self.root / "data"), self.home(name), ModelConfig("unused"), secure, train=self.train
+        )
 
     def home(self, name: str) -> Path:
         return self.root / name

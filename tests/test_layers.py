@@ -20,9 +20,15 @@ MAY_IMPORT = {
 
 FLOWER_RIM = {
     "client/app.py",
+    "client/calls.py",
+    "client/departures.py",
+    "client/fleet.py",
     "client/node.py",
+    "client/node_memory.py",
     "server/app.py",
-    "server/superlink.py",
+    "server/calls.py",
+    "server/loopback.py",
+    "server/operator.py",
     "simulations/benchmarks/secagg.py",
     "common/flower.py",
     "server/flower.py",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from client.data_sets import RecordFolder
 from client.institution import Institution
 from common.adapter import Adapter, flatten
 from common.base_model import fingerprint
@@ -24,7 +25,7 @@ from common.config import (
     named,
 )
 from common.examples import examples_of
-from common.messages import Plan, SecurePlan, Settings
+from common.messages import Hello, Plan, SecurePlan, Settings
 from common.methods import METHODS
 from common.models import LoraModel, load
 from common.randomness import seeded
@@ -127,6 +128,11 @@ def make_plan(config: Config, adapter: Adapter, number: int = 1, cohort: Sequenc
     return replace(plan, **changes)
 
 
+def make_hello(config: Config, run: str = "tiny-run", roster: str = "", **changes: Any) -> Hello:
+    """What a coordinator with that configuration would say first."""
+    return replace(Hello.of(config, run, fingerprint(config.model.path), roster), **changes)
+
+
 def secured(plan: Plan, config: Config, roster: Roster, attempt: int = 1) -> Plan:
     """The same plan as one for secure aggregation, on the terms that the configuration states."""
     terms = Terms.of(len(plan.cohort), config.secure_aggregation.colluders, config.federation.min_cohort)
@@ -143,9 +149,15 @@ def institution(base_model: str, tmp_path: Path) -> Callable[..., Institution]:
         data, home = tmp_path / name / "data", tmp_path / name / "home"
         write_jsonl(data / "train.jsonl", make_records(records, name, marker))
         write_jsonl(data / "validation.jsonl", make_records(3, f"{name}-validation", marker))
-        return replace(Institution(name, data, home, ModelConfig(base_model)), **changes)
+        return replace(Institution(name, RecordFolder(data), home, ModelConfig(base_model)), **changes)
 
     return make
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path) -> Callable[[Institution], Path]:
+    """Where an institution of the fixture above has its records."""
+    return lambda member: tmp_path / member.name / "data"
 
 
 @pytest.fixture(scope="session")

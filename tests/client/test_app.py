@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,27 +17,28 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import build_client_app
 from client.institution import Institution
 from common.adapter import Adapter
-from common.base_model import fingerprint
 from common.config import Config
 from common.errors import DataError, Refusal
-from common.flower import HELLO, ROUND, SECURE, from_records, to_records
+from common.flower import ADAPTER, HELLO, MESSAGES, ROUND, SECURE, from_records, kind_of, to_records
 from common.messages import (
     DATA_UNREADABLE,
     INTERNAL_ERROR,
     MALFORMED,
     PROTOCOL,
+    PROTOCOL_DIFFERS,
     Contribution,
-    Hello,
     Introduction,
+    Published,
     Refused,
     Reply,
     Request,
     TrainRequest,
 )
+from common.publication import Publication
 from common.secagg.messages import Consents, Inbox, KeyList, Survivors, ToMember
 from common.secagg.reasons import ATTEMPT_UNKNOWN
 from common.wire import Wire, from_wire, to_wire
-from tests.client.conftest import make_config, make_plan
+from tests.client.conftest import make_config, make_hello, make_plan
 
 NODE = 77
 SECRET = "patient-QXZQXZ"
@@ -89,9 +91,9 @@ def records(request: Request) -> RecordDict:
     return to_records(to_wire(request))
 
 
-def test_hello_is_answered_with_an_introduction(institution: Callable[..., Institution], base_model: str) -> None:
+def test_hello_is_answered_with_an_introduction(institution: Callable[..., Institution], config: Config) -> None:
     app = build_client_app(lambda _: nullcontext(institution()))
-    answer = ask(app, records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
+    answer = ask(app, records(make_hello(config)), HELLO)
     assert isinstance(answer, Introduction)
     assert answer.name == "alder"
 
@@ -109,20 +111,20 @@ def test_a_round_is_answered_as_the_institution_itself_would(
     assert np.array_equal(answer.vector, direct.vector)
 
 
-def test_the_institution_is_found_by_the_context(institution: Callable[..., Institution], base_model: str) -> None:
+def test_the_institution_is_found_by_the_context(institution: Callable[..., Institution], config: Config) -> None:
     seen: list[int | str] = []
 
     def find(found: Context) -> AbstractContextManager[Institution]:
         seen.append(found.node_config["partition-id"])
         return nullcontext(institution("birch"))
 
-    answer = ask(build_client_app(find), records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
+    answer = ask(build_client_app(find), records(make_hello(config)), HELLO)
     assert isinstance(answer, Introduction)
     assert (answer.name, seen) == ("birch", [0])
 
 
 def test_the_institution_is_left_after_every_message_and_before_the_reply(
-    institution: Callable[..., Institution], base_model: str
+    institution: Callable[..., Institution], config: Config
 ) -> None:
     told: list[str] = []
 
@@ -138,7 +140,7 @@ def test_the_institution_is_left_after_every_message_and_before_the_reply(
         told.append("left")
 
     app = build_client_app(find)
-    for request, kind in ((Hello(PROTOCOL, fingerprint(base_model)), HELLO), (Survivors("0" * 64, ("alder",)), SECURE)):
+    for request, kind in ((make_hello(config), HELLO), (Survivors("0" * 64, ("alder",)), SECURE)):
         ask(app, records(request), kind)
     assert told == ["opened", "Hello", "left", "opened", "Survivors", "left"]
 
@@ -157,14 +159,14 @@ def test_every_later_message_reaches_the_institution(
 
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), OSError(28, SECRET)])
 def test_an_institution_that_cannot_be_left_is_a_reason_code(
-    error: Exception, institution: Callable[..., Institution], base_model: str
+    error: Exception, institution: Callable[..., Institution], config: Config
 ) -> None:
     @contextmanager
     def find(_: Context) -> Iterator[Institution]:
         yield institution()
         raise error
 
-    answer = ask(build_client_app(find), records(Hello(PROTOCOL, fingerprint(base_model))), HELLO)
+    answer = ask(build_client_app(find), records(make_hello(config)), HELLO)
     assert answer == Refused(INTERNAL_ERROR)
 
 
@@ -186,6 +188,61 @@ def test_an_institution_that_cannot_be_found_is_a_reason_code(
         raise error
 
     assert ask(build_client_app(fail), records(TrainRequest(make_plan(config, start), start))) == Refused(reason)
+
+
+def test_what_is_heard_is_told_with_its_id_before_it_is_answered(
+    institution: Callable[..., Institution], config: Config, start: Adapter
+) -> None:
+    told: list[Any] = []
+
+    @contextmanager
+    def find(_: Context) -> Iterator[Institution]:
+        told.append("opened")
+        yield institution()
+
+    app = build_client_app(find, lambda message_id, request: told.append((message_id, request)))
+    hello, late = make_hello(config), Survivors("0" * 64, ("alder",))
+    ask(app, records(hello), HELLO)
+    ask(app, records(late), SECURE)
+    assert told == [("message-1", hello), "opened", ("message-1", late), "opened"]
+    ask(app, RecordDict(), SECURE)  # what cannot be read was not heard
+    ask(app, to_records(to_wire(Refused(MALFORMED))), HELLO)
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError(SECRET), OSError(28, SECRET), DataError(SECRET)])
+def test_what_cannot_be_told_is_not_answered(
+    error: Exception, institution: Callable[..., Institution], config: Config
+) -> None:
+    def fail(message_id: str, request: Request) -> None:
+        raise error
+
+    def never(_: Context) -> AbstractContextManager[Institution]:
+        raise AssertionError("looked for an institution")
+
+    assert ask(build_client_app(never, fail), records(make_hello(config)), HELLO) == Refused(INTERNAL_ERROR)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, PROTOCOL + 1, -1, 2**62, 10**4000])
+def test_another_protocol_is_refused_with_the_number_of_this_one_whatever_else_is_said(
+    protocol: int, institution: Callable[..., Institution], config: Config
+) -> None:
+    app = build_client_app(lambda _: nullcontext(institution()))
+    wire = to_wire(make_hello(config))
+    for fields in ({**json.loads(wire.text), "protocol": protocol}, {"protocol": protocol, "anything": SECRET}):
+        told = ask(app, to_records(replace(wire, text=json.dumps(fields))), HELLO)
+        assert told == Refused(PROTOCOL_DIFFERS, "", (str(PROTOCOL),))
+
+
+def test_a_published_adapter_reaches_the_institution(
+    institution: Callable[..., Institution], config: Config, start: Adapter
+) -> None:
+    """Which keeps none here: no coordinator is trusted yet."""
+    app = build_client_app(lambda _: nullcontext(institution()))
+    publication = Publication("tiny-run", 3, make_hello(config).fingerprint, config.lora, start.digest())
+    request = Published(publication, start)
+    assert kind_of(request) == ADAPTER
+    assert ask(app, records(request), ADAPTER) == Refused(MALFORMED, "alder")
 
 
 def test_an_exception_in_training_is_a_reason_code(
@@ -261,12 +318,15 @@ def test_an_error_in_place_of_content_is_a_reason_code(institution: Callable[...
     assert from_wire(from_records(answer.content)) == Refused(INTERNAL_ERROR)
 
 
-def test_only_the_three_kinds_of_message_are_heard(institution: Callable[..., Institution], base_model: str) -> None:
+def test_only_the_kinds_of_message_of_the_protocol_are_heard(
+    institution: Callable[..., Institution], config: Config
+) -> None:
     app = build_client_app(lambda _: nullcontext(institution()))
-    hello = records(Hello(PROTOCOL, fingerprint(base_model)))
-    for kind in (HELLO, ROUND, SECURE):
+    hello = records(make_hello(config))
+    assert {HELLO, ROUND, SECURE, ADAPTER} == MESSAGES
+    for kind in MESSAGES:
         assert isinstance(ask(app, hello, kind), Introduction)
-    for kind in ("evaluate", "train", "query", "train.other"):
+    for kind in ("evaluate", "train", "query", "train.other", "query.other", "train.adapter"):
         with pytest.raises(ValueError, match=r"No .* function registered") as raised:
             app(message(hello, kind), context())
         assert SECRET not in str(raised.value)

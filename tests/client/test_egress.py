@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client import egress
+from client import chain, egress
 from client.egress import (
     ADDED,
     ALTERED,
@@ -215,6 +215,30 @@ def test_what_cannot_be_written_down_does_not_leave(epsilon: float, tmp_path: Pa
         log.record(CUT_OFF, message(1))
     record(log, 1)
     assert whole(tmp_path / "egress", 1)
+
+
+# --- Logs of before
+
+OF_BEFORE = """\
+{"number":1,"time":"2030-01-31T12:00:00.000Z","kind":"Keys","run":"run-1","round":3,"attempt":7,"phase":"keys","bytes":3,"sha256":"ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad","epsilon":0.25,"previous":"0f6264045d31d45a4dbc9ad9ad9ea689dc59ed2b264affad11a5a0b35a5e76cb","hash":"110ad501b6e2debfa4b4de3ed1eca4902587b36a47b2e95c7dfdd72590e02e28","signature":"06ef9693c88c9e25c621e86323a4e3af9975143c6e9a4d80e4af2174864a98ea1721f4d56bd5aeb84235afe0039195873cec3caf2d142409a4600448af94b904"}
+{"number":2,"ti#
+{"number":2,"time":"2030-01-31T12:00:00.000Z","kind":"log.cut_off","run":"","round":0,"attempt":0,"phase":"","bytes":17,"sha256":"afb48387eaaf675e98c10f5b34f6f8cee40a23badcaa9201f742ce9ef472ac35","epsilon":0.0,"previous":"110ad501b6e2debfa4b4de3ed1eca4902587b36a47b2e95c7dfdd72590e02e28","hash":"2adb76ee99f1d207912bc68b8054f5958a79c38ff5414c34ea76d8ee4e92a99e","signature":"a9fae1253f71561ec44c4e5d1d319e0cb969f7c1d940a32486c86c3a2f5b492fdee6f94d6c6a059dd6df927ae44b1232360b039700d897b4d8009c3a7db63302"}
+{"number":3,"time":"2030-01-31T12:00:00.000Z","kind":"Refused","run":"","round":0,"attempt":0,"phase":"","bytes":0,"sha256":"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","epsilon":0.0,"previous":"2adb76ee99f1d207912bc68b8054f5958a79c38ff5414c34ea76d8ee4e92a99e","hash":"6095e03f7a3ebc1c97a13a24f6dbee76990aec62011ffe147d7bb9ba41b1bb9d","signature":"984db63c46cb8cc6ebb2dcaa812e7080b032201e8590262f5d46d91bcd5c5ee974b12d4c9efdd2187085cbc17a9d8740105adaac6578a8b02dee333f41536204"}
+{"institution":"alder","public":"af06a3e3291714e4f356c19c9b15cd1951ec6e6662aa77be07547f289383341d","count":3,"hash":"6095e03f7a3ebc1c97a13a24f6dbee76990aec62011ffe147d7bb9ba41b1bb9d","file":"egress-000000000001.jsonl","size":1532,"signature":"492edb85fc35b46c4053829607122797c60b41f7cdce7d951222746893180555b857023a2d64d77cb92534360af5d120b5a07ae95b07a9647456006b9026d602"}
+"""
+"""As the first release wrote it: an entry, a line that was cut off, two entries more, and the head of the export."""
+
+
+def test_logs_that_were_written_before_stay_valid_and_are_written_the_same(tmp_path: Path) -> None:
+    log = log_in(tmp_path / "egress")
+    log.record("Keys", Payload.of_bytes(b"abc"), "run-1", 3, 7, "keys", epsilon=0.25)
+    with (tmp_path / "egress" / "egress-000000000001.jsonl").open("ab") as handle:
+        handle.write(b'{"number":2,"ti')
+    log.record("Refused", Payload.of_bytes(b""))
+    export(tmp_path / "egress", tmp_path / "now.jsonl")
+    assert (tmp_path / "now.jsonl").read_text() == OF_BEFORE
+    found = verify(open_copy(tmp_path / "now.jsonl"), ALDER.public)
+    assert (found.finding, found.entries) == (None, 3)
 
 
 # --- Rotation
@@ -453,7 +477,7 @@ def test_a_crash_at_any_byte_spoils_nothing(crashes: list[tuple[bool, float] | N
     """
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         directory = Path(name) / "egress"
-        original_append, original_write = egress.append_line, egress.write_bytes
+        original_append, original_write = chain.append_line, chain.write_bytes
         plan: list[tuple[bool, float] | None] = []
 
         def append(path: Path, line: str) -> None:
@@ -465,14 +489,14 @@ def test_a_crash_at_any_byte_spoils_nothing(crashes: list[tuple[bool, float] | N
                 raise Killed
             original_append(path, line)
             if crash is not None:
-                patch.setattr(egress, "write_bytes", killed)
+                patch.setattr(chain, "write_bytes", killed)
 
         def killed(path: Path, data: bytes) -> None:
-            patch.setattr(egress, "write_bytes", original_write)
+            patch.setattr(chain, "write_bytes", original_write)
             raise Killed
 
         left: list[int] = []
-        patch.setattr(egress, "append_line", append)
+        patch.setattr(chain, "append_line", append)
         for number, crash in enumerate(crashes, 1):
             plan[:] = [crash]
             with suppress(Killed):
@@ -603,7 +627,7 @@ def test_without_room_for_an_entry_nothing_leaves_and_later_it_goes_on(
 
     for name in ("append_line", "write_bytes"):
         with monkeypatch.context() as patch:
-            patch.setattr(egress, name, full)
+            patch.setattr(chain, name, full)
             with pytest.raises(StorageError, match="no space left"):
                 record(log, 2)
         assert verify(open_copy(directory), ALDER.public).finding is None
@@ -762,16 +786,16 @@ def test_entries_that_are_written_while_a_log_is_opened_are_no_finding(
     """After the head was read and before the files are looked at, and again."""
     directory = tmp_path / "egress"
     written(directory, 2)
-    original, rounds = egress._files, iter(range(2))
+    original, rounds = chain.Form.files, iter(range(2))
 
-    def files(path: Path) -> list[Path]:
+    def files(form: chain.Form[Entry], path: Path) -> list[Path]:
         for number in range(3 * (next(rounds, None) is not None)):
             with monkeypatch.context() as patch:
-                patch.setattr(egress, "_files", original)
+                patch.setattr(chain.Form, "files", original)
                 record(log_in(directory), number)
-        return original(path)
+        return original(form, path)
 
-    monkeypatch.setattr(egress, "_files", files)
+    monkeypatch.setattr(chain.Form, "files", files)
     found = verify(open_copy(directory), ALDER.public)
     assert (found.finding, found.entries) == (None, 8)
 

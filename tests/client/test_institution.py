@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from client.data_sets import RecordFolder
 from client.institution import Institution
 from client.policy import Policy
 from client.secure import SecureMember
@@ -39,8 +41,8 @@ from common.messages import (
     PROTOCOL,
     PROTOCOL_DIFFERS,
     REASONS,
+    VERSION_DIFFERS,
     Contribution,
-    Hello,
     Introduction,
     Plan,
     Refused,
@@ -60,10 +62,20 @@ from common.secagg.reasons import (
     SECURE_AGGREGATION_REQUIRED,
     VECTOR_DIFFERS,
 )
-from common.wire import to_wire
-from tests.client.conftest import NAMES, make_config, make_plan, make_records, secured, tokenised, write_base_model
+from common.wire import from_wire, to_wire
+from tests.client.conftest import (
+    NAMES,
+    make_config,
+    make_hello,
+    make_plan,
+    make_records,
+    secured,
+    tokenised,
+    write_base_model,
+)
 
 Make = Callable[..., Institution]
+FolderOf = Callable[[Institution], Path]
 SLOW_FIXTURE = [HealthCheck.function_scoped_fixture]
 NOBODY = "0" * 64
 
@@ -98,15 +110,42 @@ def files_below(directory: Path) -> dict[str, bytes]:
 # ---- hello ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_base_model_is_greeted_with_a_name(institution: Make, base_model: str) -> None:
-    answer = institution().answer(Hello(PROTOCOL, fingerprint(base_model)))
+def test_the_same_base_model_is_greeted_with_a_name(institution: Make, base_model: str, config: Config) -> None:
+    answer = institution().answer(make_hello(config))
     assert isinstance(answer, Introduction)
     assert (answer.name, answer.protocol, answer.fingerprint) == ("alder", PROTOCOL, fingerprint(base_model))
 
 
-def test_another_protocol_is_refused(institution: Make, base_model: str) -> None:
-    answer = institution().answer(Hello(PROTOCOL + 1, fingerprint(base_model)))
-    assert answer == Refused(PROTOCOL_DIFFERS, "alder")
+def test_another_protocol_is_refused_before_an_institution_hears_of_it(config: Config) -> None:
+    with pytest.raises(Refusal) as caught:
+        from_wire(to_wire(make_hello(config, protocol=PROTOCOL + 1)))
+    assert (caught.value.reason, caught.value.parts) == (PROTOCOL_DIFFERS, (str(PROTOCOL),))
+    assert f"{PROTOCOL + 1}, this is {PROTOCOL}" in caught.value.detail
+
+
+OWN = version("silotune")
+
+
+@pytest.mark.parametrize("other", ["0.0.9", "9.9.9", f"{OWN}.1.x"[2:], f"1{OWN}", "none"])
+def test_another_release_is_refused_naming_both(
+    other: str, institution: Make, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = institution().answer(make_hello(config, version=other))
+    assert answer == Refused(VERSION_DIFFERS, "alder", (OWN,))
+    assert from_wire(to_wire(answer)) == answer
+    assert f"the coordinator runs Silotune {other}, this is {OWN}" in caplog.text
+
+
+def test_the_last_place_of_a_release_may_differ(institution: Make, config: Config) -> None:
+    major, minor, _ = OWN.split(".")
+    answer = institution().answer(make_hello(config, version=f"{major}.{minor}.999"))
+    assert isinstance(answer, Introduction)
+    assert answer.version == OWN
+
+
+@pytest.mark.parametrize("run", ["../../etc", "..", "", "a/b", "a\n", "x" * 201])
+def test_a_hello_of_a_run_whose_name_is_no_plain_word_is_refused(run: str, institution: Make, config: Config) -> None:
+    assert institution().answer(make_hello(config, run)) == Refused(MALFORMED, "alder")
 
 
 @pytest.mark.parametrize("parts", [("config",), ("weights",), ("tokenizer",), ("config", "tokenizer")])
@@ -115,13 +154,13 @@ def test_another_base_model_is_refused_by_the_name_of_what_differs(
 ) -> None:
     other = replace(fingerprint(base_model), **dict.fromkeys(parts, NOBODY))
     expected = Refused(BASE_MODEL_DIFFERS, "alder", parts)
-    assert institution().answer(Hello(PROTOCOL, other)) == expected
+    assert institution().answer(make_hello(config, fingerprint=other)) == expected
     assert institution().answer(TrainRequest(make_plan(config, start, fingerprint=other), start)) == expected
 
 
-def test_weights_of_another_seed_are_another_base_model(institution: Make, base_model: str, tmp_path: Path) -> None:
+def test_weights_of_another_seed_are_another_base_model(institution: Make, config: Config, tmp_path: Path) -> None:
     other = str(write_base_model(tmp_path / "other-base", seed=99))
-    answer = institution(model=ModelConfig(other)).answer(Hello(PROTOCOL, fingerprint(base_model)))
+    answer = institution(model=ModelConfig(other)).answer(make_hello(config))
     assert answer == Refused(BASE_MODEL_DIFFERS, "alder", ("weights",))
 
 
@@ -199,7 +238,7 @@ def test_a_plan_with_another_length_of_the_update_is_refused(institution: Make, 
     plan = make_plan(config, start)
     answer = member.answer(TrainRequest(replace(plan, parameters=plan.parameters + 1), start))
     assert answer == Refused(MALFORMED, "alder")
-    assert files_below(member.home) == {}  # no state of an update that never left
+    assert set(files_below(member.home)) == {"tiny-run/settings.json"}  # no state of an update that never left
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -216,19 +255,19 @@ def test_a_plan_with_another_length_of_the_update_is_refused(institution: Make, 
     ],
 )
 def test_records_that_cannot_be_read_are_told_as_a_reason_code(
-    split: str, damage: Callable[[Path], Any], institution: Make, config: Config, start: Adapter
+    split: str, damage: Callable[[Path], Any], institution: Make, folder_of: FolderOf, config: Config, start: Adapter
 ) -> None:
     member = institution()
-    damage(member.data / f"{split}.jsonl")
+    damage(folder_of(member) / f"{split}.jsonl")
     assert member.answer(TrainRequest(make_plan(config, start), start)) == Refused(DATA_UNREADABLE, "alder")
-    assert files_below(member.home) == {}
+    assert set(files_below(member.home)) == {"tiny-run/settings.json"}  # which came from outside
 
 
 def test_a_base_model_that_is_gone_is_a_reason_code(
     institution: Make, config: Config, start: Adapter, tmp_path: Path
 ) -> None:
     member = institution(model=ModelConfig(str(tmp_path / "gone")))
-    assert isinstance(member.answer(Hello(PROTOCOL, fingerprint(config.model.path))), Refused)
+    assert isinstance(member.answer(make_hello(config)), Refused)
     answer = member.answer(TrainRequest(make_plan(config, start), start))
     assert isinstance(answer, Refused)
     assert answer.reason in REASONS
@@ -377,10 +416,10 @@ def test_a_contribution_takes_no_more_bits_than_the_sum_needs(
 
 
 def test_without_evaluation_at_institutions_no_validation_record_is_read(
-    institution: Make, config: Config, start: Adapter
+    institution: Make, folder_of: FolderOf, config: Config, start: Adapter
 ) -> None:
     member = institution()
-    (member.data / "validation.jsonl").unlink()
+    (folder_of(member) / "validation.jsonl").unlink()
     plan = make_plan(replace(config, evaluation=EvaluationConfig(exact=[], institutions=False)), start)
     answer = member.answer(TrainRequest(plan, start))
     assert isinstance(answer, Contribution)
@@ -437,7 +476,9 @@ def test_institutions_that_share_a_process_do_not_touch_each_other(
     assert len({vector.tobytes() for vector in one.values()}) == len(one)
 
 
-def test_a_changed_file_of_records_is_read_again(institution: Make, config: Config, start: Adapter) -> None:
+def test_a_changed_file_of_records_is_read_again(
+    institution: Make, folder_of: FolderOf, config: Config, start: Adapter
+) -> None:
     member = institution(records=6)
     plan = make_plan(config, start)
 
@@ -447,7 +488,7 @@ def test_a_changed_file_of_records_is_read_again(institution: Make, config: Conf
         return summed(answer, plan).weight
 
     assert weight() == 6
-    write_jsonl(member.data / "train.jsonl", make_records(8, "alder"))
+    write_jsonl(folder_of(member) / "train.jsonl", make_records(8, "alder"))
     assert weight() == 8
 
 
@@ -655,6 +696,7 @@ def test_private_numbers_are_written_in_its_own_home_only(
     after = files_below(tmp_path)
     assert {name for name in after if after[name] != before.get(name)} == {
         "alder/home/tiny-run/metrics.jsonl",
+        "alder/home/tiny-run/settings.json",
         "alder/home/tiny-run/state/round-00001.safetensors",
     }
     assert not neighbour.home.exists()
@@ -702,15 +744,16 @@ def test_no_text_of_a_record_or_a_path_leaves(
     secret: str, damage: str, number: int, base_model: str, config: Config, start: Adapter, tmp_path: Path
 ) -> None:
     place = tmp_path / secret
-    member = Institution("alder", place / "data", place / "home", ModelConfig(base_model))
-    write_jsonl(member.data / "train.jsonl", make_records(4, "alder", secret))
-    write_jsonl(member.data / "validation.jsonl", make_records(2, "alder-validation", secret))
+    data = place / "data"
+    member = Institution("alder", RecordFolder(data), place / "home", ModelConfig(base_model))
+    write_jsonl(data / "train.jsonl", make_records(4, "alder", secret))
+    write_jsonl(data / "validation.jsonl", make_records(2, "alder-validation", secret))
     plan, adapter = make_plan(config, start, number), start
     if damage == "a line":
-        with (member.data / "train.jsonl").open("a") as file:
+        with (data / "train.jsonl").open("a") as file:
             file.write(json.dumps({"completion": secret, "person": [secret]}) + "\n")
     elif damage == "a file":
-        (member.data / "validation.jsonl").unlink()
+        (data / "validation.jsonl").unlink()
     elif damage == "the state":
         (member.home / plan.run / "state").mkdir(parents=True, exist_ok=True)
         (member.home / plan.run / "state" / "round-00000.safetensors").write_text(secret)
@@ -725,21 +768,21 @@ def test_no_text_of_a_record_or_a_path_leaves(
         adapter = moved(start)
     for answer in (
         member.answer(TrainRequest(plan, adapter)),
-        member.answer(Hello(PROTOCOL, fingerprint(base_model))),
-        member.answer(Hello(PROTOCOL + 1, fingerprint(base_model))),
+        member.answer(make_hello(config)),
+        member.answer(make_hello(config, version="9.9.9")),
     ):
         assert secret.encode() not in bytes_of(answer)
         if isinstance(answer, Refused):
             assert answer.reason in REASONS
     if damage == "nothing":
-        assert secret in (member.data / "train.jsonl").read_text()
+        assert secret in (data / "train.jsonl").read_text()
 
 
 def test_the_institutions_own_log_tells_what_the_reply_does_not(
-    institution: Make, config: Config, start: Adapter, caplog: pytest.LogCaptureFixture
+    institution: Make, folder_of: FolderOf, config: Config, start: Adapter, caplog: pytest.LogCaptureFixture
 ) -> None:
     member = institution()
-    (member.data / "train.jsonl").write_text('{"completion": 7}')
+    (folder_of(member) / "train.jsonl").write_text('{"completion": 7}')
     with caplog.at_level(logging.INFO, "silotune.client.alder"):
         answer = member.answer(TrainRequest(make_plan(config, start), start))
     assert answer == Refused(DATA_UNREADABLE, "alder")
@@ -753,9 +796,11 @@ def test_a_broken_state_is_refused_not_forgotten(institution: Make, config: Conf
     assert member.answer(TrainRequest(make_plan(config, start, 2), start)) == Refused(INTERNAL_ERROR, "alder")
 
 
-def test_a_record_longer_than_max_tokens_still_trains(institution: Make, config: Config, start: Adapter) -> None:
+def test_a_record_longer_than_max_tokens_still_trains(
+    institution: Make, folder_of: FolderOf, config: Config, start: Adapter
+) -> None:
     member = institution()
-    write_jsonl(member.data / "train.jsonl", [Record("cold " * 90, "tea " * 90, "p", "coding")] * 2)
+    write_jsonl(folder_of(member) / "train.jsonl", [Record("cold " * 90, "tea " * 90, "p", "coding")] * 2)
     answer = member.answer(TrainRequest(make_plan(config, start), start))
     assert isinstance(answer, Contribution)
     plan = make_plan(config, start)

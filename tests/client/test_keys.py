@@ -19,11 +19,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from client import keys, policy_file
+from client import data_sets, keys, policy_file
 from client.home import ClientHome
+from client.policy_file import InstitutionPolicy
+from common.base_model import fingerprint, model_directory
+from common.bundle import bundle_digest
 from common.enrolment import Card, read_card
-from common.errors import ConfigError, SilotuneError, StorageError
+from common.errors import ConfigError, DataError, ModelError, SilotuneError, StorageError
 from common.private_files import write_private_json
+from common.records import Record, write_jsonl
 from common.secagg.identity import Identity
 
 SECRET = b"correct horse battery staple"
@@ -60,14 +64,58 @@ def test_everything_is_made_and_can_be_loaded(home: ClientHome, passphrase: byte
     finally:
         os.umask(before)
     modes = files(home)
-    assert set(modes) == {".lock", "card.json", "keys", "keys/identity.pem", "keys/node.pem", "policy.yaml"}
+    assert set(modes) == {
+        ".lock",
+        "card.json",
+        "data.yaml",
+        "keys",
+        "keys/identity.pem",
+        "keys/node.pem",
+        "policy.yaml",
+    }
     assert stat.S_IMODE(home.root.stat().st_mode) == modes["keys"] == 0o700
     assert {modes[name] for name in ("keys/identity.pem", "keys/node.pem", "card.json")} == {0o600}
     loaded = keys.load(home, passphrase)
     assert made == keys.card(home) == read_card(home.card) == Card.of(loaded.identity, loaded.node.public_key())
     assert loaded.identity.name == "riverside"
     assert isinstance(loaded.node.curve, ec.SECP384R1)
-    assert policy_file.read(home.policy) is not None
+    assert policy_file.read(home.policy) == InstitutionPolicy(bundles=(bundle_digest(),))
+    assert data_sets.read(home.data) == data_sets.DataFile()
+
+
+def test_what_may_be_trained_on_can_be_named_at_once(
+    home: ClientHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "my notes.jsonl", [Record(f"q{i}", "a", f"p{i}", "coding") for i in range(40)])
+    monkeypatch.chdir(tmp_path)
+    keys.init(home, "riverside", None, "embedded", {"notes": Path("my notes.jsonl"), "yes": Path("~/more.csv")})
+    policy = policy_file.read(home.policy)
+    assert policy.data_sets == ("notes", "yes")
+    assert policy.base_models == (fingerprint("embedded").digest(),)
+    found = data_sets.open_data_sets(home.data)
+    assert found.names == ("notes", "yes")
+    assert len(found.find("notes", "train").records) > 20
+    with pytest.raises(DataError, match=str(Path.home())):
+        found.find("yes", "train")
+
+
+def test_a_base_model_elsewhere_is_named_in_full(
+    home: ClientHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(model_directory("embedded"))
+    keys.init(home, "riverside", None, "base")
+    assert data_sets.read(home.data).machine.model == str(tmp_path / "base")
+
+
+def test_what_cannot_be_named_makes_no_card(home: ClientHome) -> None:
+    with pytest.raises(ModelError, match="expected `embedded` or a directory"):
+        keys.init(home, "riverside", None, "no-such-model")
+    with pytest.raises(ConfigError, match="data_sets"):
+        keys.init(home, "riverside", None, "", {"../notes": Path("x")})
+    assert not home.card.exists()
+    keys.init(home, "riverside", None, "", {"notes": Path("x")})
+    assert policy_file.read(home.policy).data_sets == ("notes",)
 
 
 def test_keys_fit_flower(home: ClientHome, tmp_path: Path) -> None:

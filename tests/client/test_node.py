@@ -29,16 +29,21 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.proto import control_pb2, fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
-from client import node
+from client import calls, fleet, node, node_memory
+from client import events as told_of
+from client.node_memory import NodeMemory
 from common.errors import ConfigError, StorageError
 from common.flower import HELLO, ROUND, SECURE, to_records
-from common.messages import INTERNAL_ERROR
+from common.messages import BUNDLE_REFUSED, INTERNAL_ERROR, MESSAGE_TYPE_REFUSED
 from common.wire import Wire, to_wire
-from server.superlink import LoopbackGrid, Operator, Task, _loopback_certificate, acquire
-from tests.server.test_superlink import (
+from server.loopback import LoopbackGrid, Task, acquire
+from server.operator import Operator
+from server.superlink import loopback_certificate
+from tests.deployments import (
     HELLO_ALL,
     Deployment,
     ask_by_hand,
@@ -97,7 +102,7 @@ def test_a_call_has_the_path_and_the_request_that_the_superlink_expects(method: 
 
 
 def test_the_calls_that_are_checked_are_all_that_are_made() -> None:
-    source = inspect.getsource(node)
+    source = inspect.getsource(node) + inspect.getsource(calls)
     assert set(re.findall(r'(?:\.call|\._insist)\("([a-z-]+)"', source)) == set(CALLS)
 
 
@@ -105,22 +110,22 @@ def test_helpers_of_flower_take_what_they_are_given() -> None:
     def parameters(function: Callable[..., Any]) -> list[str]:
         return list(inspect.signature(function).parameters)
 
-    assert parameters(node.sign_message) == ["private_key", "message"]
-    assert parameters(node.public_key_to_bytes) == ["public_key"]
+    assert parameters(fleet.sign_message) == ["private_key", "message"]
+    assert parameters(fleet.public_key_to_bytes) == ["public_key"]
     assert parameters(node.message_from_proto) == ["message_proto"]
-    assert parameters(node.message_to_proto) == ["message"]
-    assert parameters(node.remove_content_from_message) == ["message"]
+    assert parameters(node_memory.message_to_proto) == ["message"]
+    assert parameters(node_memory.remove_content_from_message) == ["message"]
     assert parameters(node.iterate_object_tree) == ["tree"]
     assert parameters(node.inflate_object_from_contents)[:2] == ["object_id", "object_contents"]
-    assert parameters(node.RuntimeVersionMetadata.from_local_component)[0] == "component_name"
-    assert (node.HEARTBEAT_MIN_INTERVAL, node.HEARTBEAT_PATIENCE) == (10, 2)
+    assert parameters(fleet.RuntimeVersionMetadata.from_local_component)[0] == "component_name"
+    assert calls.HEARTBEAT_MIN_INTERVAL == 10
     assert {"clientapp_runtime_list", "message_object_trees", "messages_list", "node"} <= {
         found.name for found in fleet_pb2.PushMessagesRequest.DESCRIPTOR.fields
     }
 
 
 def test_flower_does_not_call_home() -> None:
-    for module in ("client.node", "server.superlink"):
+    for module in ("client.node", "server.loopback"):
         code = (
             f"import {module}; import flwr.supercore.telemetry as found; import os;"
             "assert found.FLWR_TELEMETRY_ENABLED == '0' and os.environ['FLWR_DISABLE_UPDATE_CHECK'] == '1'"
@@ -156,20 +161,20 @@ def test_waits_grow_differ_and_end() -> None:
 @pytest.mark.parametrize(("apart_s", "told"), [(0, False), (-90, True), (400, True)])
 def test_a_clock_that_is_wrong_is_told_as_such(apart_s: int, told: bool) -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=apart_s), usegmt=True)
-    refused = node._refusal("pull-messages", httpx.Response(401, headers={"date": date}))
-    assert isinstance(refused, node._Broken)
-    assert refused.event.kind == node.NOT_ENROLLED
+    refused = calls.refusal("pull-messages", httpx.Response(401, headers={"date": date}))
+    assert isinstance(refused, calls.Broken)
+    assert refused.event.kind == told_of.NOT_ENROLLED
     assert ("clock" in refused.event.text) == told
 
 
 def test_a_memory_counts_on_the_same_boot_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = node._Memory(tmp_path / "memory")
+    memory = NodeMemory(tmp_path / "memory")
     with pytest.raises(ConfigError, match="another process is this node already"):
-        node._Memory(tmp_path / "memory")
+        NodeMemory(tmp_path / "memory")
     assert memory.node() is None
     memory.keep_node(12)
     assert memory.node() == 12
-    monkeypatch.setattr(node, "_boot", lambda: "a copy of the disk in another machine")
+    monkeypatch.setattr(node_memory, "_boot", lambda: "a copy of the disk in another machine")
     assert memory.node() is None
     monkeypatch.undo()
     (tmp_path / "memory" / "node.json").write_text("{half", encoding="utf-8")
@@ -177,7 +182,7 @@ def test_a_memory_counts_on_the_same_boot_only(tmp_path: Path, monkeypatch: pyte
     assert memory.node() is None
     assert memory.in_hand() is None
     memory.close()
-    node._Memory(tmp_path / "memory").close()
+    NodeMemory(tmp_path / "memory").close()
 
 
 def test_an_authority_that_is_none_is_refused_at_once() -> None:
@@ -211,11 +216,11 @@ def test_a_message_of_the_protocol_is_answered(
     grid, held = task
     array = np.arange(elements, dtype=np.uint32)
     with deployment.node(echo, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         number = number_of(deployment, "alder")
         content = to_records(Wire("Ask", "{}", {"array": array} if elements else {}))
         reply = ask_by_hand(grid, number, content, kind, timeout_s=60)
-        events.wait(node.ANSWERED)
+        events.wait(told_of.ANSWERED)
     assert not reply.has_error()
     # Nothing of the run's configuration or of the coordinator's node settings comes through.
     assert reply_in(reply).text == f"{held.run} {number} {{}} {{}} 0"
@@ -230,7 +235,7 @@ def test_how_long_an_answer_took_is_not_told(deployment: Deployment, task: tuple
 
     grid, held = task
     with deployment.node(slowly, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         ask_by_hand(grid, number_of(deployment, "alder"), hello(), HELLO)
     with Operator(deployment.endpoint) as operator:
         found = operator._calls("/v1/control/list-runs", control_pb2.ListRunsRequest(), control_pb2.ListRunsResponse)
@@ -245,7 +250,7 @@ def test_an_answer_that_fails_is_a_reason_code_and_no_text(
 
     grid, _ = task
     with deployment.node(fails, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         for _ in range(2):
             reply = ask_by_hand(grid, number_of(deployment, "alder"), hello(), HELLO)
             assert told(reply) == refusal(INTERNAL_ERROR)
@@ -266,13 +271,13 @@ def test_a_reply_is_recorded_before_it_leaves_or_does_not_leave(
 
     connection = deployment.connection(deployment.key("alder"))
     with deployment.node(echo, connection, record=record) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         number = number_of(deployment, "alder")
         first = ask_by_hand(grid, number, hello(), HELLO)
         assert reply_in(recorded[0]) == reply_in(first)
         message = Message(hello(), dst_node_id=number, message_type=HELLO, ttl=60)
         waiting = list(grid.push_messages([message]))
-        assert "disk is full" in events.wait(node.LOST).text
+        assert "disk is full" in events.wait(told_of.LOST).text
         assert list(grid.pull_messages(waiting)) == []
         refused = ask_by_hand(grid, number, hello(), "query.other")  # what is refused is recorded too
         assert reply_in(recorded[2]) == reply_in(refused)
@@ -290,10 +295,10 @@ def test_any_other_type_of_message_is_refused_and_answered(
         return echo(message, context)
 
     with deployment.node(never, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         reply = ask_by_hand(grid, number_of(deployment, "alder"), hello(), kind)
-        assert told(reply) == refusal(node.MESSAGE_TYPE_REFUSED)
-        assert repr(kind) in events.wait(node.REFUSED).text
+        assert told(reply) == refusal(MESSAGE_TYPE_REFUSED)
+        assert repr(kind) in events.wait(told_of.REFUSED).text
     assert asked == []
 
 
@@ -340,12 +345,12 @@ def test_a_bundle_that_is_not_listed_is_refused_and_never_touched(
     try:
         connection = deployment.connection(deployment.key("alder"), memory=memory)
         with deployment.node(never, connection) as events:
-            events.wait(node.CONNECTED)
+            events.wait(told_of.CONNECTED)
             for kind in (HELLO, ROUND, SECURE, "query.other"):
                 reply = ask_by_hand(grid, number_of(deployment, "alder"), hello(), kind)
-                expected = node.BUNDLE_REFUSED if kind != "query.other" else node.MESSAGE_TYPE_REFUSED
+                expected = BUNDLE_REFUSED if kind != "query.other" else MESSAGE_TYPE_REFUSED
                 assert told(reply) == refusal(expected)
-            assert events.kinds().count(node.REFUSED) == 4
+            assert events.kinds().count(told_of.REFUSED) == 4
     finally:
         held.finish(completed=True)
         held.close()
@@ -362,20 +367,20 @@ def test_a_bundle_that_is_not_listed_is_refused_and_never_touched(
 def test_a_node_that_nobody_enrolled_stays_outside_and_goes_on_asking(deployment: Deployment) -> None:
     key = deployment.key()
     with deployment.node(echo, deployment.connection(key)) as events:
-        assert "not enrolled" in events.wait(node.NOT_ADMITTED).text
+        assert "not enrolled" in events.wait(told_of.NOT_ADMITTED).text
         with Operator(deployment.endpoint) as operator:
             assert operator.nodes() == ()
             operator.register("alder", key.public_key())
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         with Operator(deployment.endpoint) as operator:
-            operator.unregister(key.public_key())
-        events.wait(node.NOT_ENROLLED)
+            assert operator.unregister(operator.nodes()[0].number)
+        events.wait(told_of.NOT_ENROLLED)
 
 
 def test_a_coordinator_with_another_authority_learns_nothing(deployment: Deployment) -> None:
-    stranger = replace(deployment.connection(deployment.key("alder")), authority=_loopback_certificate()[0])
+    stranger = replace(deployment.connection(deployment.key("alder")), authority=loopback_certificate()[0])
     with deployment.node(echo, stranger) as events:
-        assert "pinned authority" in events.wait(node.UNTRUSTED).text
+        assert "pinned authority" in events.wait(told_of.UNTRUSTED).text
     with Operator(deployment.endpoint) as operator:
         assert [found.online for found in operator.nodes()] == [False]
 
@@ -383,11 +388,11 @@ def test_a_coordinator_with_another_authority_learns_nothing(deployment: Deploym
 def test_what_a_machine_trusts_is_not_trusted(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(deployment.root / "door.crt"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    stranger = replace(deployment.connection(deployment.key("alder")), authority=_loopback_certificate()[0])
+    stranger = replace(deployment.connection(deployment.key("alder")), authority=loopback_certificate()[0])
     with deployment.node(echo, stranger) as events:
-        events.wait(node.UNTRUSTED)
+        events.wait(told_of.UNTRUSTED)
     with deployment.node(echo, deployment.connection(deployment.key("birch"))) as events:
-        events.wait(node.CONNECTED)  # and the environment's proxy is not asked
+        events.wait(told_of.CONNECTED)  # and the environment's proxy is not asked
 
 
 def _signed(
@@ -461,7 +466,7 @@ def test_nobody_there_is_no_reason_to_end(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
     try:
         connection = node.Connection(
-            f"127.0.0.1:{free_port()}", _loopback_certificate()[0], ec.generate_private_key(ec.SECP384R1())
+            f"127.0.0.1:{free_port()}", loopback_certificate()[0], ec.generate_private_key(ec.SECP384R1())
         )
         thread = threading.Thread(target=node.serve, args=(connection, echo, set(), stop, events.append))
         thread.start()
@@ -472,7 +477,7 @@ def test_nobody_there_is_no_reason_to_end(tmp_path: Path) -> None:
         assert not thread.is_alive()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert [event.kind for event in events] == [node.UNREACHABLE, node.STOPPED]
+    assert [event.kind for event in events] == [told_of.UNREACHABLE, told_of.STOPPED]
     assert interrupted == []
 
 
@@ -484,7 +489,7 @@ def test_what_is_no_superlink_is_no_reason_to_end(tmp_path: Path) -> None:
         stop, events = threading.Event(), []
         connection = node.Connection(
             f"127.0.0.1:{listening.getsockname()[1]}",
-            _loopback_certificate()[0],
+            loopback_certificate()[0],
             ec.generate_private_key(ec.SECP384R1()),
             timeout_s=0.5,
         )
@@ -498,7 +503,7 @@ def test_what_is_no_superlink_is_no_reason_to_end(tmp_path: Path) -> None:
         stop.set()
         thread.join(5)
         assert not thread.is_alive()
-    assert node.UNREACHABLE in {event.kind for event in events}
+    assert told_of.UNREACHABLE in {event.kind for event in events}
 
 
 def test_it_stops_within_seconds_with_an_answer_under_way(
@@ -514,7 +519,7 @@ def test_it_stops_within_seconds_with_an_answer_under_way(
     grid, _ = task
     connection = deployment.connection(deployment.key("alder"), memory=tmp_path / "memory", grace_s=0.5)
     with deployment.node(trains, connection) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         message = Message(hello(), dst_node_id=number_of(deployment, "alder"), message_type=HELLO, ttl=60)
         waiting = list(grid.push_messages([message]))
         assert begun.wait(20)
@@ -538,13 +543,13 @@ def test_a_run_that_ends_while_it_answers_ends_nothing_here(deployment: Deployme
 
     connection = deployment.connection(deployment.key("alder"))
     with deployment.node(trains, connection) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         number = number_of(deployment, "alder")
         with deployment.task() as (grid, _):
             list(grid.push_messages([Message(hello(), dst_node_id=number, message_type=HELLO, ttl=60)]))
             assert begun.wait(20)
         release.set()
-        assert events.wait(node.LOST).text == "the run is over"
+        assert events.wait(told_of.LOST).text == "the run is over"
         with deployment.task() as (grid, _):
             assert not ask_by_hand(grid, number, hello(), HELLO).has_error()
 
@@ -558,10 +563,10 @@ def test_a_coordinator_that_no_longer_waits_is_not_answered(
 
     grid, _ = task
     with deployment.node(slowly, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         number = number_of(deployment, "alder")
         list(grid.push_messages([Message(hello(), dst_node_id=number, message_type=HELLO, ttl=1)]))
-        assert "no longer waits" in events.wait(node.LOST).text
+        assert "no longer waits" in events.wait(told_of.LOST).text
 
 
 def test_a_disk_that_is_full_is_no_reason_to_end(
@@ -573,11 +578,11 @@ def test_a_disk_that_is_full_is_no_reason_to_end(
     grid, _ = task
     connection = deployment.connection(deployment.key("alder"), memory=tmp_path)
     with deployment.node(echo, connection) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         number = number_of(deployment, "alder")
-        monkeypatch.setattr(node, "write_bytes", full)
+        monkeypatch.setattr(node_memory, "write_bytes", full)
         list(grid.push_messages([Message(hello(), dst_node_id=number, message_type=HELLO, ttl=60)]))
-        assert "no space left" in events.wait(node.LOST).text
+        assert "no space left" in events.wait(told_of.LOST).text
         monkeypatch.undo()
         assert not ask_by_hand(grid, number, hello(), HELLO).has_error()
 
@@ -586,21 +591,21 @@ def test_a_call_that_never_works_is_given_up_and_the_next_message_answered(
     deployment: Deployment, task: tuple[LoopbackGrid, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a SuperLink that has lost its head about one run."""
-    honest = node._Fleet.call
+    honest = calls.Fleet.call
 
     def call(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
         if method == "confirm-message-received":
-            raise node._refusal(method, httpx.Response(500))
+            raise calls.refusal(method, httpx.Response(500))
         return honest(self, method, *arguments, **options)
 
     grid, _ = task
     with deployment.node(echo, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         number = number_of(deployment, "alder")
-        monkeypatch.setattr(node._Fleet, "call", call)
+        monkeypatch.setattr(calls.Fleet, "call", call)
         monkeypatch.setattr(node, "_backoff", lambda *_: 0.05)
         list(grid.push_messages([Message(hello(), dst_node_id=number, message_type=HELLO, ttl=60)]))
-        assert "status 500" in events.wait(node.LOST).text
+        assert "status 500" in events.wait(told_of.LOST).text
         monkeypatch.undo()
         assert not ask_by_hand(grid, number, hello(), HELLO).has_error()
 
@@ -610,22 +615,22 @@ def test_what_cannot_be_read_is_refused(deployment: Deployment, task: tuple[Loop
     grid, held = task
     message = Message(to_records(Wire("x", "{}", {"a": np.zeros(3, np.uint32)})), 0, HELLO, ttl=60)
     with deployment.node(echo, deployment.connection(deployment.key("alder"))) as events:
-        events.wait(node.CONNECTED)
+        events.wait(told_of.CONNECTED)
         message.metadata.dst_node_id = number_of(deployment, "alder")
         message.metadata.__dict__["_message_id"] = message.object_id
-        head = node.message_to_proto(node.remove_content_from_message(message))
+        head = node_memory.message_to_proto(node_memory.remove_content_from_message(message))
         # The tree leads to a part that is no message.
         part = message.content
         from flwr.proto.runtime_pb2 import PushAppMessagesRequest, PushAppMessagesResponse
 
         head.metadata.message_id = part.object_id
-        tree = node.get_object_tree(part)
+        tree = get_object_tree(part)
         taken = held.call(
             "push-messages",
             PushAppMessagesRequest(messages_list=[head], message_object_trees=[tree]),
             PushAppMessagesResponse,
         )
-        for name, found in node.get_all_nested_objects(part).items():
+        for name, found in get_all_nested_objects(part).items():
             request = message_pb2.PushObjectRequest(
                 node=node.Node(node_id=1),
                 run_id=held.run,
@@ -640,7 +645,7 @@ def test_what_cannot_be_read_is_refused(deployment: Deployment, task: tuple[Loop
             replies = list(grid.pull_messages(list(taken.message_ids)))
             time.sleep(0.05)
         assert told(replies[0]) == refusal(INTERNAL_ERROR)
-        events.wait(node.ANSWERED)
+        events.wait(told_of.ANSWERED)
 
 
 def test_two_nodes_with_one_key_do_not_take_part_together(deployment: Deployment, tmp_path: Path) -> None:
@@ -650,8 +655,8 @@ def test_two_nodes_with_one_key_do_not_take_part_together(deployment: Deployment
         deployment.node(introduction("alder"), deployment.connection(key, memory=tmp_path)) as second,
     ):
         end = time.monotonic() + 60
-        expected = {node.NOT_ADMITTED, node.CONNECTED}
+        expected = {told_of.NOT_ADMITTED, told_of.CONNECTED}
         while time.monotonic() < end and not expected <= {*first.kinds(), *second.kinds()}:
             time.sleep(0.05)
-        connected = [events for events in (first, second) if node.CONNECTED in events.kinds()]
+        connected = [events for events in (first, second) if told_of.CONNECTED in events.kinds()]
         assert len(connected) == 1

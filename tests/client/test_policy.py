@@ -44,7 +44,7 @@ def test_a_policy_says_what_its_configuration_says(tmp_path: Path) -> None:
     config = federation_config(NAMES, colluders=2, min_cohort=5, method="ffa", weight_unit=8)
     roster = Federation(tmp_path).roster
     found = Policy.of(replace(config, quantise=QuantiseConfig(clip=0.5)), roster)
-    assert found == Policy(roster, 2, 5, "ffa", 8, QuantiseConfig(clip=0.5))
+    assert found == Policy(roster, 2, 5, ("ffa",), 8, QuantiseConfig(clip=0.5), required=True)
 
 
 @pytest.mark.parametrize("cohort", [NAMES, NAMES[:5], NAMES[:3], (NAMES[0], *NAMES[4:])])

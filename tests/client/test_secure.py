@@ -1492,7 +1492,7 @@ def test_in_deployment_no_attempt_can_be_taken_out_of_a_member_or_put_into_one(f
     with pytest.raises(RuntimeError, match="only in a simulation"):
         federation.member(A).snapshot()
     with pytest.raises(RuntimeError, match="only in a simulation"):
-        federation.member(A).restore(("", np.zeros(0, np.uint32)))
+        federation.member(A).restore(("", np.zeros(0, np.uint32), np.zeros(0, np.float32)))
 
 
 # ---- whole institutions --------------------------------------------------------------------------------------------

@@ -202,12 +202,21 @@ def test_a_wrong_type_says_field_value_and_what_is_allowed(override: str, found:
         "name=..",
         "seed=-1",
         "model.path=",
+        "model.digest=0123",
+        f"model.digest={'A' * 64}",
+        f"model.digest={'a' * 65}",
         "lora.rank=0",
         "lora.alpha=-1",
         "lora.dropout=1.0",
         "lora.target_modules=[]",
         "lora.target_modules=q_proj,q_proj",
         "lora.target_modules=q_proj,all-linear",
+        "data.name=",
+        "data.name=Notes",
+        "data.name=../notes",
+        "data.name=a/b",
+        "data.name=-notes",
+        f"data.name={'n' * 65}",
         "data.generator=shops",
         "data.institutions=[a, a]",
         "data.institutions=[a, B]",
@@ -225,6 +234,8 @@ def test_a_wrong_type_says_field_value_and_what_is_allowed(override: str, found:
         "federation.fraction=0",
         "federation.fraction=1.01",
         "federation.min_cohort=1",
+        "federation.gather_s=0",
+        "federation.gather_s=.inf",
         "secure_aggregation.colluders=0",
         "secure_aggregation.repeats=-1",
         "secure_aggregation.timeout_s=0",
@@ -299,6 +310,70 @@ def test_records_must_come_from_somewhere() -> None:
     (line,) = mistakes(SMALLEST, "data.generator=")
     assert line.startswith("data.generator:")
     assert "data.directory" in line
+    assert "data.coordinator.path where institutions have their own" in line
+
+
+# --- A deployment: records are with the institutions
+
+DEPLOYED = "data: {name: notes, generator: '', institutions: [a, b, c], coordinator: {path: own.csv, person: pid}}"
+
+
+def test_in_a_deployment_only_the_coordinators_records_and_a_name_are_said() -> None:
+    data = parse(DEPLOYED, "test.yaml").data
+    assert (data.name, data.generator, data.directory, data.has_files) == ("notes", "", "", False)
+    assert (data.names, data.train_records) == (("a", "b", "c"), [])
+    assert (data.coordinator.path, data.coordinator.person) == ("own.csv", "pid")
+    assert parse(to_yaml(parse(DEPLOYED, "test.yaml")), "again").data == data
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.train_records=[3, 4, 5]",  # nobody uses them, and they fit
+        f"model.digest={'0f' * 32}",
+        "federation.gather_s=86400",
+        f"data.name={'n' * 64}",
+        "data.name=0_-",
+    ],
+)
+def test_what_a_deployment_may_say_besides(override: str) -> None:
+    parse(DEPLOYED, "test.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        (["data.coordinator.path="], "data.generator", "or data.coordinator.path where institutions have their own"),
+        (
+            ["data.generator=hospitals", "data.train_records=[3, 4, 5]"],
+            "data.coordinator.path",
+            "allowed: beside those, or with an empty data.generator and data.directory where institutions have records",
+        ),
+        (["data.directory=records"], "data.coordinator.path", "with an empty data.generator and data.directory"),
+        (
+            ["data.institutions=[{name: a, path: a.csv}, b, c]"],
+            "data.institutions",
+            "a path for each or for none",
+        ),
+        (["data.train_records=[3, 4]"], "data.train_records", "found 2 counts for 3 institutions"),
+        (["data.name=../notes"], "data.name", "a name of a-z, 0-9, - and _"),
+    ],
+)
+def test_what_a_deployment_cannot_mean_is_told(overrides: list[str], key: str, said: str) -> None:
+    (line,) = mistakes(DEPLOYED, *overrides)
+    assert line.startswith(f"{key}: ")
+    assert said in line
+
+
+def test_files_of_institutions_may_stand_beside_the_coordinators_with_or_without_a_generator() -> None:
+    for overrides in ([], ["data.generator="]):
+        config = parse(FILES, "test.yaml", ["data.coordinator.path=own.csv", *overrides])
+        assert config.data.has_files
+
+
+def test_a_generated_federation_needs_its_counts() -> None:
+    (line,) = mistakes("data: {institutions: [a, b, c]}")
+    assert "found 0 counts for 3 institutions" in line
 
 
 def test_a_round_must_draw_at_least_the_smallest_cohort() -> None:
@@ -435,7 +510,9 @@ def test_an_override_with_a_broken_value_is_quoted() -> None:
 
 
 def test_an_unknown_name_lists_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"'hospital' \(did you mean hospitals\?\).*banks, hospitals, smoke"):
+    with pytest.raises(
+        ConfigError, match=r"'hospital' \(did you mean hospitals\?\).*banks, deployment, hospitals, smoke"
+    ):
         load("hospital")
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields, replace
+from importlib.metadata import version
 
 import pytest
 
-from common import policy_reasons
+from common import messages, policy_reasons
 from common.base_model import Fingerprint
-from common.config import Config, FederationConfig, LoraConfig, QuantiseConfig, TrainConfig
-from common.errors import ConfigError
-from common.messages import PROTOCOL, REASONS, Plan, SecurePlan, Settings, built
+from common.config import Config, FederationConfig, LoraConfig, QuantiseConfig
+from common.errors import ConfigError, Refusal
+from common.messages import PROTOCOL, REASONS, Hello, Plan, Refused, SecurePlan, Settings
 from common.secagg import reasons as secagg_reasons
 from common.secagg.terms import Terms
 
@@ -26,8 +27,10 @@ SECURE = replace(
 
 def test_settings_are_taken_from_the_configuration() -> None:
     config = Config(seed=9, federation=FederationConfig(rounds=3, method="ffa", weighting="uniform", weight_unit=2))
+    config = replace(config, data=replace(config.data, name="discharge-letters"))
     settings = Settings.of(config)
     assert (settings.seed, settings.rounds, settings.method) == (9, 3, "ffa")
+    assert settings.data_set == "discharge-letters"
     assert (settings.weighting, settings.weight_unit) == ("uniform", 2)
     assert (settings.lora, settings.train, settings.quantise) == (config.lora, config.train, config.quantise)
 
@@ -69,6 +72,15 @@ def altered(path: str, value: object) -> str:
         altered("seed", 1.0),
         altered("seed", -1),
         altered("seed", 2**64),
+        altered("data_set", ""),
+        altered("data_set", None),
+        altered("data_set", ["records"]),
+        altered("data_set", "../records"),
+        altered("data_set", "/etc/passwd"),
+        altered("data_set", "Records"),
+        altered("data_set", "records\n"),
+        altered("data_set", "r" * 65),
+        altered("data_set", "\ud800"),
         altered("rounds", 0),
         altered("evaluate", 1),
         altered("weighting", "by-hand"),
@@ -166,6 +178,10 @@ def test_a_cohort_that_does_not_fit_the_terms_has_no_attempt(cohort: tuple[str, 
         _ = replace(SECURE, cohort=cohort).attempt
 
 
+def test_the_digest_covers_the_data_set() -> None:
+    assert replace(PLAN, settings=replace(SETTINGS, data_set="letters")).digest() != PLAN.digest()
+
+
 @pytest.mark.parametrize("section", ["lora", "train", "quantise"])
 def test_the_digest_covers_every_setting(section: str) -> None:
     part = getattr(SETTINGS, section)
@@ -192,28 +208,57 @@ def test_a_repeat_with_fewer_members_keeps_the_layout_of_the_first_attempt() -> 
     assert replace(SECURE, cohort=(*SECURE.cohort, "west-2")).layout == SECURE.layout
 
 
-def test_built_takes_all_fields_of_their_types_and_no_others() -> None:
-    values = asdict(TrainConfig())
-    assert built(TrainConfig, values) == TrainConfig()
-    with pytest.raises(TypeError):
-        built(TrainConfig, {**values, "unknown": 1})
-    with pytest.raises(TypeError, match=r"TrainConfig\.warmup: expected float"):
-        built(TrainConfig, {key: value for key, value in values.items() if key != "warmup"})
-    with pytest.raises(TypeError, match=r"TrainConfig\.batch_size: expected int, found 2\.0"):
-        built(TrainConfig, {**values, "batch_size": 2.0})
-
-
 def test_reason_codes_are_single_words() -> None:
     assert all(reason.replace("_", "").isalpha() and reason.islower() for reason in REASONS)
     assert secagg_reasons.REASONS | policy_reasons.REASONS < REASONS
+    codes = [value for name, value in vars(messages).items() if name.isupper() and isinstance(value, str)]
+    assert sorted(codes) == sorted(REASONS - secagg_reasons.REASONS - policy_reasons.REASONS)
     assert not secagg_reasons.REASONS & policy_reasons.REASONS
 
 
+def test_a_refusal_leaves_in_the_words_of_the_protocol_only() -> None:
+    detail = "/data/patients.csv: line 17"
+    for reason in REASONS:
+        assert Refused.of(Refusal(reason, detail), "north") == Refused(reason, "north")
+    parts = ("weights", "3", "0.1.0", "1.0rc1", "0.2.0.dev3")
+    assert Refused.of(Refusal("base_model_differs", detail, parts)) == Refused("base_model_differs", "", parts)
+
+
+@pytest.mark.parametrize(
+    "mistaken",
+    [
+        Refusal("cannot read /data/patients.csv"),
+        Refusal(""),
+        Refusal("Malformed"),
+        Refusal("malformed "),
+        Refusal("malformed", "", ("patients",)),
+        Refusal("base_model_differs", "", ("weights", "/data/patients.csv")),
+        Refusal("malformed", "", ("17 records",)),
+        Refusal("malformed", "", ("1.2.3.4.5",)),
+        Refusal("malformed", "", ("",)),
+        Refusal("malformed", "", ("3\n",)),
+        Refusal("malformed", "", ("\u0663",)),
+    ],
+    ids=repr,
+)
+def test_a_refusal_in_other_words_is_a_mistake_and_says_nothing(mistaken: Refusal) -> None:
+    assert Refused.of(mistaken, "north") == Refused("internal_error", "north")
+
+
 def test_there_is_one_code_for_each_thing_that_can_be_refused() -> None:
-    codes = [value for name, value in vars(secagg_reasons).items() if name.isupper() and name != "REASONS"]
-    assert sorted(codes) == sorted(secagg_reasons.REASONS)
+    for module in (secagg_reasons, policy_reasons):
+        codes = [value for name, value in vars(module).items() if name.isupper() and name != "REASONS"]
+        assert sorted(codes) == sorted(module.REASONS)
 
 
-def test_the_protocol_is_the_second() -> None:
+def test_the_protocol_is_the_third() -> None:
     """A member that speaks another one is told so at Hello, and nothing else is tried."""
-    assert PROTOCOL == 2
+    assert PROTOCOL == 3
+
+
+def test_a_hello_says_the_whole_run() -> None:
+    config = Config(seed=7)
+    fingerprint = Fingerprint("c", "w", "t")
+    hello = Hello.of(config, "run-1", fingerprint, "ab" * 32)
+    assert hello == Hello(PROTOCOL, version("silotune"), "run-1", fingerprint, Settings.of(config), "ab" * 32)
+    assert Hello.of(config, "run-1", fingerprint).roster == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,11 +22,15 @@ from common.flower import from_records, to_records
 from common.messages import (
     MALFORMED,
     PROTOCOL,
+    PROTOCOL_DIFFERS,
     REASONS,
+    VERSION_DIFFERS,
     Contribution,
     Hello,
     Introduction,
     Plan,
+    Published,
+    Received,
     Refused,
     Reply,
     Request,
@@ -34,6 +38,7 @@ from common.messages import (
     Settings,
     TrainRequest,
 )
+from common.publication import Publication
 from common.secagg.messages import (
     Consent,
     Consents,
@@ -57,21 +62,23 @@ versions = st.integers(-(2**63), 2**63 - 1)
 positive = st.floats(1e-9, 1e9)
 shares = st.floats(0, 1, exclude_max=True)
 fingerprints = st.builds(Fingerprint, texts, texts, texts)
+loras = st.builds(
+    LoraConfig,
+    rank=st.integers(1, 64),
+    alpha=positive,
+    dropout=shares,
+    target_modules=st.lists(st.sampled_from(["q_proj", "k_proj", "mlp.up_proj"]), min_size=1, unique=True),
+)
 settings_ = st.builds(
     Settings,
     seed=st.integers(0, 2**32 - 1),
+    data_set=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,15}", fullmatch=True),
     rounds=st.integers(1, 10**6),
     method=texts,
     weighting=st.sampled_from(["records", "uniform"]),
     weight_unit=st.integers(1, 1000),
     evaluate=st.booleans(),
-    lora=st.builds(
-        LoraConfig,
-        rank=st.integers(1, 64),
-        alpha=positive,
-        dropout=shares,
-        target_modules=st.lists(st.sampled_from(["q_proj", "k_proj", "mlp.up_proj"]), min_size=1, unique=True),
-    ),
+    lora=loras,
     train=st.builds(TrainConfig, passes_per_round=positive, learning_rate=positive, warmup=shares),
     quantise=st.builds(QuantiseConfig, clip=positive, bits=st.integers(2, 30), weight_bits=st.integers(1, 29)),
 )
@@ -120,16 +127,19 @@ secure_messages = st.one_of(
     st.builds(Consents, texts, st.dictionaries(words, parts, max_size=4)),
     st.builds(Revealed, texts, st.dictionaries(words, parts, max_size=4)),
 )
+publications = st.builds(Publication, words, st.integers(0, 10**6), fingerprints, loras, texts, parts)
 messages = st.one_of(
-    st.builds(Hello, versions, fingerprints),
+    st.builds(Hello, st.just(PROTOCOL), words, words, fingerprints, settings_, texts),
     st.builds(Introduction, words, versions, words, fingerprints),
     st.builds(TrainRequest, plans, adapters),
     st.builds(Contribution, texts, vectors),
+    st.builds(Published, publications, adapters),
+    st.builds(Received, words),
     st.builds(
         Refused,
         st.sampled_from(sorted(REASONS)),
         st.one_of(st.just(""), words),
-        st.lists(st.sampled_from(Fingerprint.PARTS), unique=True).map(tuple),
+        st.lists(st.sampled_from([*Fingerprint.PARTS, "3", "0.1.0", "1.2.3rc4"]), unique=True).map(tuple),
     ),
     secure_messages,
 )
@@ -153,8 +163,11 @@ PLAN = Plan(
 )
 KEYS = Keys(PLAN.digest(), b"share key", b"mask key", b"commitment", bytes(64))
 SEALED = Sealed(b"shares", b"pair seed", bytes(64))
+PUBLICATION = Publication("run-1", 3, FINGERPRINT, LoraConfig(), ADAPTER.digest(), bytes(range(64)))
 EXAMPLES: dict[str, Message] = {
-    "Hello": Hello(PROTOCOL, FINGERPRINT),
+    "Hello": Hello(PROTOCOL, "0.1.0", "run-1", FINGERPRINT, Settings.of(Config(seed=7)), "cd" * 32),
+    "Published": Published(PUBLICATION, ADAPTER),
+    "Received": Received("run-1"),
     "Introduction": Introduction("north", PROTOCOL, "0.1.0", FINGERPRINT),
     "TrainRequest": TrainRequest(PLAN, ADAPTER),
     "Contribution": Contribution(PLAN.digest(), np.arange(5, dtype=np.uint32)),
@@ -186,6 +199,8 @@ def same(one: Message, other: Message) -> bool:
     match one, other:
         case TrainRequest(), TrainRequest():
             return one.plan == other.plan and one.adapter.digest() == other.adapter.digest()
+        case Published(), Published():
+            return one.publication == other.publication and one.adapter.digest() == other.adapter.digest()
         case Contribution(), Contribution():
             return one.plan_digest == other.plan_digest and (
                 (one.vector.dtype, one.vector.tobytes()) == (other.vector.dtype, other.vector.tobytes())
@@ -233,8 +248,13 @@ def inflated(found: Any) -> dict[str, Any]:
     }
 
 
+def test_there_is_an_example_of_every_kind() -> None:
+    kinds = [kind for one in (Request, Reply) for kind in get_args(one)]
+    assert sorted(EXAMPLES) == sorted(kind.__name__ for kind in kinds)
+
+
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_the_examples_are_of_every_kind(kind: str) -> None:
+def test_an_example_comes_back_as_it_was(kind: str) -> None:
     assert same(from_wire(to_wire(EXAMPLES[kind])), EXAMPLES[kind])
 
 
@@ -335,6 +355,8 @@ def opened(wire: Wire) -> Any:
     fields = json.loads(wire.text)
     if wire.kind == "TrainRequest":
         fields["plan"]["settings"] = json.loads(fields["plan"]["settings"])
+    if wire.kind == "Hello":
+        fields["settings"] = json.loads(fields["settings"])
     return fields
 
 
@@ -342,7 +364,14 @@ def closed(kind: str, fields: Any) -> str:
     plan = fields.get("plan") if kind == "TrainRequest" and isinstance(fields, dict) else None
     if isinstance(plan, dict) and "settings" in plan:
         fields = {**fields, "plan": {**plan, "settings": json.dumps(plan["settings"])}}
+    if kind == "Hello" and isinstance(fields, dict) and "settings" in fields:
+        fields = {**fields, "settings": json.dumps(fields["settings"])}
     return json.dumps(fields)
+
+
+def speaks_another_protocol(kind: str, fields: Any) -> bool:
+    spoken = fields.get("protocol") if kind == "Hello" and isinstance(fields, dict) else None
+    return type(spoken) is int and spoken != PROTOCOL
 
 
 @given(st.sampled_from(sorted(EXAMPLES)), anything, st.data())
@@ -357,7 +386,10 @@ def test_what_is_read_is_exactly_what_was_said_or_refused(kind: str, value: Any,
         told = refusal.reason
     else:
         told = opened(to_wire(message))
-    assert told in (MALFORMED, fields)
+    if speaks_another_protocol(kind, fields):
+        assert told == PROTOCOL_DIFFERS
+    else:
+        assert told in (MALFORMED, fields)
 
 
 @given(st.sampled_from(sorted(EXAMPLES)), st.data())
@@ -421,6 +453,10 @@ HOSTILE_NAMES = [
     [
         ("Introduction", ("name",)),
         ("Introduction", ("version",)),
+        ("Hello", ("version",)),
+        ("Hello", ("run",)),
+        ("Published", ("publication", "run")),
+        ("Received", ("run",)),
         ("Refused", ("name",)),
         ("TrainRequest", ("plan", "run")),
         ("TrainRequest", ("plan", "cohort", 0)),
@@ -510,6 +546,15 @@ def test_secure_aggregation_in_another_form_is_malformed(kind: str, path: tuple[
         (("reason",), ["malformed"]),
         (("reason",), None),
         (("parts",), ["diagnoses"]),
+        (("parts",), ["weights", "/data/notes.csv"]),
+        (("parts",), ["1.2.3.4.5"]),
+        (("parts",), ["0.1.0 "]),
+        (("parts",), ["0.1.0\n"]),
+        (("parts",), ["3\n"]),
+        (("parts",), ["1234567"]),
+        (("parts",), ["3cardiology"]),
+        (("parts",), ["\u0663"]),
+        (("parts",), [""]),
         (("parts",), "weights"),
         (("parts",), [["weights"]]),
         (("parts",), [7]),
@@ -580,7 +625,93 @@ def test_plans_and_shapes_that_cannot_be_meant_are_malformed(path: tuple[Any, ..
     assert_malformed(changed("TrainRequest", path, value))
 
 
-@pytest.mark.parametrize("kind", ["TrainRequest", "Contribution", "MaskedInput"])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((), None),
+        ((), []),
+        ((), "text"),
+        (("round",), -1),
+        (("round",), 1.0),
+        (("round",), True),
+        (("round",), "3"),
+        (("round",), 2**63),
+        (("adapter",), None),
+        (("adapter",), 7),
+        (("fingerprint",), None),
+        (("fingerprint",), {"config": "c", "weights": "w"}),
+        (("fingerprint", "weights"), 7),
+        (("lora",), None),
+        (("lora",), {}),
+        (("lora", "rank"), 0),
+        (("lora", "rank"), "4"),
+        (("lora", "alpha"), float("nan")),
+        (("lora", "alpha"), 10**400),
+        (("lora", "dropout"), 1.0),
+        (("lora", "target_modules"), []),
+        (("lora", "target_modules"), "q_proj"),
+        (("lora", "target_modules"), ["q_proj", "q_proj"]),
+        (("signature",), None),
+        (("signature",), 7),
+        (("signature",), "0"),
+        (("signature",), "zz"),
+        (("signature",), "AB"),
+        (("signature",), "ab cd"),
+        (("signature",), " abcd"),
+        (("signature",), "abcd\n"),
+        (("signature",), ["ab"]),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)
+def test_a_publication_that_cannot_be_meant_is_malformed(path: tuple[Any, ...], value: Any) -> None:
+    assert_malformed(changed("Published", ("publication", *path), value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("protocol",), None),
+        (("protocol",), True),
+        (("protocol",), float(PROTOCOL)),
+        (("protocol",), str(PROTOCOL)),
+        (("protocol",), [PROTOCOL]),
+        (("fingerprint",), None),
+        (("fingerprint", "config"), 7),
+        (("roster",), None),
+        (("roster",), 7),
+        (("settings",), None),
+        (("settings",), {}),
+        (("settings", "data_set"), "../records"),
+        (("settings", "data_set"), 7),
+        (("settings", "lora", "rank"), 0),
+        (("settings", "train", "max_tokens"), 10**400),
+        (("settings", "quantise", "clip"), float("inf")),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)
+def test_a_hello_that_cannot_be_meant_is_malformed(path: tuple[Any, ...], value: Any) -> None:
+    assert_malformed(changed("Hello", path, value))
+
+
+@given(st.integers(), anything)
+def test_another_protocol_is_told_so_whatever_else_its_hello_holds(protocol: int, value: Any) -> None:
+    text = json.dumps({"protocol": protocol, "rest": value})
+    with pytest.raises(Refusal) as caught:
+        from_wire(Wire("Hello", text))
+    expected = (MALFORMED, ()) if protocol == PROTOCOL else (PROTOCOL_DIFFERS, (str(PROTOCOL),))
+    assert (caught.value.reason, caught.value.parts) == expected
+
+
+@pytest.mark.parametrize("own", ["0.1.0", "1.0", "2", "0.2.0.dev3", "1.0rc1", "1.2.post4", "10.20.30.40"])
+def test_a_refusal_of_a_release_names_that_of_the_institution(own: str) -> None:
+    told = Refused(VERSION_DIFFERS, "north", (own,))
+    assert from_wire(to_wire(told)) == told
+
+
+ADAPTERS = ["TrainRequest", "Published"]
+
+
+@pytest.mark.parametrize("kind", [*ADAPTERS, "Contribution", "MaskedInput"])
 @pytest.mark.parametrize(
     "hostile",
     [
@@ -603,6 +734,13 @@ def test_arrays_of_another_form_are_malformed(kind: str, hostile: Callable[[Any]
     assert_malformed(replace(wire, arrays=hostile(wire.arrays[ARRAY])))
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("length", [0, 13, 15])
-def test_an_adapter_of_another_length_is_malformed(length: int) -> None:
-    assert_malformed(replace(to_wire(EXAMPLES["TrainRequest"]), arrays={ARRAY: np.zeros(length, np.float32)}))
+def test_an_adapter_of_another_length_is_malformed(length: int, kind: str) -> None:
+    assert_malformed(replace(to_wire(EXAMPLES[kind]), arrays={ARRAY: np.zeros(length, np.float32)}))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("shape", [[3, 3], [6], [2, 3, 1], [2.0, 3], [-2, -3], [10**12, 10**5], [2**62, 2**62]])
+def test_shapes_that_do_not_fit_what_came_are_malformed(shape: list[Any], kind: str) -> None:
+    assert_malformed(changed(kind, ("shapes", "q.lora_A.weight"), shape))

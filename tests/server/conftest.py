@@ -4,6 +4,7 @@ institutions' tests, for rounds with real ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from common.config import (
 from common.errors import Refusal
 from common.evaluation import Scores
 from common.fixed_point import NATS, Ring
-from common.messages import Contribution, Hello, Plan, Refused, Reply, Request, TrainRequest
+from common.messages import Contribution, Hello, Plan, Published, Refused, Reply, Request, TrainRequest
 from common.methods import METHODS
 from common.randomness import seeded
 from common.secagg.identity import Identity, Roster
+from server.collect import OnHeard
 from server.coordinator import collector
 from server.rounds import Progress, begin, run_rounds
 from tests.client.conftest import base_model, institution
@@ -162,7 +164,7 @@ class SecureMembers:
                 yield name, Refused(refusal.reason, name)
 
     def _answer(self, name: str, request: Request) -> Reply:
-        assert not isinstance(request, Hello)
+        assert not isinstance(request, Hello | Published)
         if not isinstance(request, TrainRequest):
             return self.members[name].answer(request)
         adapter = request.adapter
@@ -184,14 +186,14 @@ def play(
     evaluate: Callable[[Adapter], Scores] = distance_to_one,
     on_round: Callable[[Progress], None] = lambda _: None,
     present: Sequence[str] = ROSTER,
-    on_reply: Callable[[int, int, int], None] = lambda *_: None,
+    on_heard: OnHeard = lambda _: None,
     directory: Path | None = None,
 ) -> Progress:
     """The rounds as a coordinator runs them. directory: where attempts are kept, for secure aggregation."""
     start = small_adapter()
     if config.secure_aggregation.enabled:
         assert directory is not None
-    collect = collector(config, members, KEYS, directory or Path("unused"), on_reply)
+    collect = collector(config, members, KEYS, directory or Path("unused"), on_heard)
     return run_rounds(
         config=config,
         run="tiny-run",
@@ -202,6 +204,15 @@ def play(
         progress=progress or begin(start, evaluate(start)),
         on_round=on_round,
     )
+
+
+@pytest.fixture
+def log_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the coordinator's log says so far, whatever a command did to it before."""
+    for name in ("silotune", "silotune.server"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.DEBUG, "silotune")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "silotune.server"]
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import math
 import re
 import shutil
 import sys
+import time
 from base64 import b64encode, urlsafe_b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+from client.data_sets import RecordFolder
 from client.institution import Institution
 from client.policy import Policy
 from client.secure import SecureMember
 from client.training import Trained
 from common import config_files
 from common.adapter import Adapter
+from common.base_model import fingerprint
 from common.config import (
     Config,
     DataConfig,
@@ -36,7 +39,7 @@ from common.config import (
     TrainConfig,
     named,
 )
-from common.errors import ConfigError, DataError, RunStopped, StorageError
+from common.errors import ConfigError, DataError, ModelError, RunStopped, StorageError
 from common.evaluation import Scores, evaluate
 from common.messages import PROTOCOL, TIMED_OUT, Hello, Introduction, Plan, Refused, Reply, Request, TrainRequest
 from common.models import LoraModel, load, load_adapter
@@ -45,8 +48,9 @@ from common.secagg.identity import Identity, Roster
 from common.secagg.messages import Consents, Inbox, KeyList, Keys, Survivors, ToMember
 from common.text import Example
 from server import checkpoints
+from server.collect import Heard
 from server.coordinator import Bench, Observer, Outcome, coordinate, run_name
-from server.rounds import Progress
+from server.rounds import Progress, groups_of
 from server.tracking import read_events
 from simulations.members import InProcessMembers
 from tests.client.conftest import make_config, make_records, write_base_model
@@ -118,7 +122,7 @@ class Stage:
         secure = None
         if config.secure_aggregation.enabled:
             secure = SecureMember(IDENTITIES[name], Policy.of(config, KEYS), lambda run: home / run / "marks.json")
-        found = Institution(name, self.records / name, home, config.model, secure)
+        found = Institution(name, RecordFolder(self.records / name), home, config.model, secure)
         return replace(found, **changes)
 
     def go(
@@ -246,14 +250,32 @@ def test_a_run_starts_from_a_fresh_adapter_whatever_the_bench_did_before(
     assert stage.go().progress.adapter.digest() == expected.adapter.digest()
 
 
-class Permuted:
+@dataclass
+class Around:
+    """Members as they are; those below do one thing differently."""
+
+    members: Any
+
+    def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        found: Mapping[str, Introduction | Refused] = self.members.meet(hello, known, timeout_s)
+        return found
+
+    def reachable(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = self.members.reachable()
+        return found
+
+    def rest(self, seconds: float) -> None:
+        self.members.rest(seconds)
+
+    def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        yield from self.members.ask(requests, timeout_s)
+
+
+class Permuted(Around):
     """Collects a round's replies and hands them on in another order."""
 
-    def __init__(self, members: InProcessMembers) -> None:
-        self.members = members
-
-    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
-        return dict(reversed(self.members.meet(hello, expected, timeout_s).items()))
+    def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        return dict(reversed(super().meet(hello, known, timeout_s).items()))
 
     def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
         asked = dict(reversed(requests.items()))
@@ -274,12 +296,23 @@ def test_curves_for_a_package_that_is_not_there_are_refused_before_anything_is_d
 
 
 def test_observers_are_told(stage: Stage) -> None:
-    replies: list[tuple[int, int, int]] = []
-    rounds: list[int] = []
-    observer = Observer(on_reply=lambda *r: replies.append(r), on_round=lambda p: rounds.append(p.round))
+    told: list[Heard | int | Mapping[str, str]] = []
+    observer = Observer(
+        on_gathering=told.append,
+        on_heard=told.append,
+        on_round=lambda progress: told.append(progress.round),
+        on_refusal=lambda *refusal: pytest.fail(f"nobody refused, but {refusal}"),
+        on_delivered=lambda name: pytest.fail(f"nothing was handed to {name}"),
+    )
     stage.go(observer=observer)
-    assert replies == [(number, answered, INVITED) for number in (1, 2, 3, 4) for answered in (1, 2, 3)]
-    assert rounds == [1, 2, 3, 4]
+    groups = groups_of(stage.config)
+    expected: list[Heard | int | Mapping[str, str]] = [{}]
+    for number in (1, 2, 3, 4):
+        names = groups[(number - 1) % 2]
+        for phase in ("train", "shares", "masked input", "consent", "unmask"):
+            expected += [Heard(number, number, phase, names[:count], names[count:]) for count in range(INVITED + 1)]
+        expected.append(number)
+    assert told == expected
 
 
 def test_the_name_of_a_run_follows_its_configuration(config: Config) -> None:
@@ -395,12 +428,17 @@ def after_round(stage: Stage, number: int) -> None:
     stage.go(observer=Observer(on_round=lambda progress: kill(progress.round == number)))
 
 
+def trained(heard: Heard, number: int, count: int) -> bool:
+    """Whether so many have answered in the round, each with an update ready, and nothing else was asked yet."""
+    return (heard.round, heard.phase, len(heard.answered)) == (number, "train", count)
+
+
 def while_replies_come(stage: Stage, number: int) -> None:
-    stage.go(observer=Observer(on_reply=lambda *told: kill(told[:2] == (number, 1))))
+    stage.go(observer=Observer(on_heard=lambda heard: kill(trained(heard, number, 1))))
 
 
 def when_all_have_replied(stage: Stage, number: int) -> None:
-    stage.go(observer=Observer(on_reply=lambda *told: kill(told[:2] == (number, INVITED))))
+    stage.go(observer=Observer(on_heard=lambda heard: kill(trained(heard, number, INVITED))))
 
 
 def while_evaluating(stage: Stage, number: int) -> None:
@@ -413,14 +451,14 @@ def between_checkpoint_and_metrics(stage: Stage, number: int) -> None:
     metrics = stage.directory / "metrics.jsonl"
     kept: list[str] = []
 
-    def sabotage(round_number: int, answered: int, invited: int) -> None:
-        if (round_number, answered) == (number, 1):
+    def sabotage(heard: Heard) -> None:
+        if trained(heard, number, 1):
             kept.append(metrics.read_text())
             metrics.unlink()
             metrics.mkdir()
 
     try:
-        stage.go(observer=Observer(on_reply=sabotage))
+        stage.go(observer=Observer(on_heard=sabotage))
     except StorageError as error:
         assert stage.checkpoints()[-1] == f"round-{number:05d}.safetensors"
         metrics.rmdir()
@@ -431,12 +469,12 @@ def between_checkpoint_and_metrics(stage: Stage, number: int) -> None:
 def while_writing_the_checkpoint(stage: Stage, number: int) -> None:
     partial = stage.directory / "checkpoints" / f".round-{number:05d}.safetensors.partial"
 
-    def sabotage(round_number: int, answered: int, invited: int) -> None:
-        if (round_number, answered) == (number, 1):
+    def sabotage(heard: Heard) -> None:
+        if trained(heard, number, 1):
             (partial / "in the way").mkdir(parents=True)
 
     try:
-        stage.go(observer=Observer(on_reply=sabotage))
+        stage.go(observer=Observer(on_heard=sabotage))
     except StorageError as error:
         shutil.rmtree(partial)
         partial.write_bytes(b"half a checkpoint")
@@ -444,16 +482,12 @@ def while_writing_the_checkpoint(stage: Stage, number: int) -> None:
 
 
 @dataclass
-class Between:
+class Between(Around):
     """Members whose coordinator is killed in a round, with one answer to that question in and others on their way."""
 
-    members: InProcessMembers
     kind: type[ToMember]
     number: int
     round: int = 0
-
-    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
-        return self.members.meet(hello, expected, timeout_s)
 
     def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
         asked = next(iter(requests.values()))
@@ -561,18 +595,13 @@ def test_without_its_attempts_a_run_uses_no_number_twice(stage: Stage, whole: tu
 
 
 @dataclass
-class Silent:
+class Silent(Around):
     """Members of which one does not hear a question in one round; what it contributes in the clear is lost likewise."""
 
-    members: Any
     name: str
     kind: type[Request]
     number: int
     round: int = 0
-
-    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
-        found: Mapping[str, Introduction | Refused] = self.members.meet(hello, expected, timeout_s)
-        return found
 
     def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
         asked = next(iter(requests.values()))
@@ -696,12 +725,12 @@ def test_checkpoints_that_are_all_damaged_do_not_start_the_run_anew(stage: Stage
 def test_a_disk_that_refuses_a_checkpoint_is_an_error_and_keeps_the_ones_before(stage: Stage) -> None:
     partial = stage.directory / "checkpoints" / ".round-00003.safetensors.partial"
 
-    def sabotage(round_number: int, answered: int, invited: int) -> None:
-        if (round_number, answered) == (3, 1):
+    def sabotage(heard: Heard) -> None:
+        if trained(heard, 3, 1):
             partial.mkdir()
 
     with pytest.raises(StorageError, match=r"cannot write .*round-00003.*resume"):
-        stage.go(observer=Observer(on_reply=sabotage))
+        stage.go(observer=Observer(on_heard=sabotage))
     partial.rmdir()
     assert stage.checkpoints() == ["round-00001.safetensors", "round-00002.safetensors"]
     found = checkpoints.latest(stage.directory / "checkpoints", config_files.digest(stage.config))
@@ -713,6 +742,63 @@ def test_a_run_directory_that_cannot_be_written_is_an_error(stage: Stage) -> Non
     stage.directory.write_text("a file where the run should be")
     with pytest.raises(StorageError, match="cannot write"):
         stage.go()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_may_name_its_base_model(known: bool, stage: Stage, base_model: str) -> None:
+    found = fingerprint(base_model).digest()
+    if known:
+        config = replace(stage.config, model=replace(stage.config.model, digest=found))
+        federation = replace(config.federation, rounds=1)
+        assert replace(stage, config=config).go(federation=federation).progress.round == 1
+        return
+    config = replace(stage.config, model=replace(stage.config.model, digest="0f" * 32))
+    with pytest.raises(
+        ModelError, match=rf"model\.digest: expected the base model {'0f' * 32}, found {found} in"
+    ) as no:
+        replace(stage, config=config).go()
+    assert base_model in str(no.value)
+    assert not stage.directory.exists()
+    assert not (stage.root / "homes").exists()
+
+
+def test_a_run_may_be_given_a_name(stage: Stage) -> None:
+    seen: set[str] = set()
+
+    class Watched(Around):
+        def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> Mapping[str, Introduction | Refused]:
+            assert hello == Hello.of(config, "winter-2030", fingerprint(config.model.path), KEYS.digest())
+            return super().meet(hello, known, timeout_s)
+
+        def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+            seen.update(request.plan.run for request in requests.values() if isinstance(request, TrainRequest))
+            yield from super().ask(requests, timeout_s)
+
+    config = replace(stage.config, federation=replace(stage.config.federation, rounds=1))
+    central = stage.records / "coordinator" / "validation.jsonl"
+    members = Watched(stage.members(changed=config))
+    coordinate(config, stage.directory, central, members, Observer(), stage.bench, KEYS, "winter-2030")
+    assert seen == {"winter-2030"}
+    assert {path.name for path in (stage.root / "homes").glob("*/*")} == {"winter-2030"}
+
+
+def test_hello_names_the_roster_under_masks_only(stage: Stage) -> None:
+    said: list[Hello] = []
+
+    class Watched(Around):
+        def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> Mapping[str, Introduction | Refused]:
+            said.append(hello)
+            raise RunStopped("seen")
+
+    config = replace(stage.config, secure_aggregation=in_clear(stage))
+    for changes in ({}, {"secure_aggregation": in_clear(stage)}):
+        with pytest.raises(RunStopped, match="seen"):
+            stage.go(Watched(stage.members()), **changes)
+    base = fingerprint(config.model.path)
+    assert said == [
+        Hello.of(stage.config, run_name(stage.config), base, KEYS.digest()),
+        Hello.of(config, run_name(config), base),
+    ]
 
 
 def test_without_central_records_nothing_begins(stage: Stage, tmp_path: Path) -> None:
@@ -746,16 +832,27 @@ class Named:
     def __init__(self, answers: Callable[[Hello], Mapping[str, Introduction | Refused]]) -> None:
         self.answers = answers
 
-    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
-        return self.answers(hello)
+    def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        return {name: answer for name, answer in self.answers(hello).items() if name not in known}
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def impatient(stage: Stage) -> FederationConfig:
+    """Waits for nobody who is not there at once."""
+    return replace(stage.config.federation, gather_s=0.01)
 
 
 def test_who_is_not_of_the_federation_stays_outside(stage: Stage) -> None:
     def answers(hello: Hello) -> Mapping[str, Introduction | Refused]:
         return {name: Introduction(name, PROTOCOL, "1", hello.fingerprint) for name in ("alder", "mallory")}
 
-    with pytest.raises(RunStopped, match=r"1 institutions can take part.*min_cohort is 3: mallory: not_invited"):
-        stage.go(Named(answers))
+    others = r"birch: absent; cedar: absent; dogwood: absent; elm: absent; fir: absent"
+    with pytest.raises(
+        RunStopped, match=rf"1 institutions can take part.*min_cohort is 3: {others}; mallory: not_invited\."
+    ):
+        stage.go(Named(answers), federation=impatient(stage))
 
 
 def test_refusals_are_told_by_the_name_they_give_unless_it_is_somebody_elses(stage: Stage) -> None:
@@ -767,14 +864,15 @@ def test_refusals_are_told_by_the_name_they_give_unless_it_is_somebody_elses(sta
             "node-3": Refused("timed_out"),
         }
 
-    expected = "birch: data_unreadable; node-2: malformed; node-3: timed_out"
+    # Node 3 may be any of the four that are left; whoever the others are, they were not seen.
+    expected = r"birch: data_unreadable; (\w+: absent; ){3}node-2: malformed; node-3: timed_out\."
     with pytest.raises(RunStopped, match=expected):
-        stage.go(Named(answers))
+        stage.go(Named(answers), federation=impatient(stage))
 
 
 def test_a_run_that_nobody_joins_says_so(stage: Stage) -> None:
     with pytest.raises(RunStopped, match=r"0 institutions can take part.*nobody answered"):
-        stage.go(Named(lambda _: {}))
+        stage.go(Named(lambda _: {}), federation=impatient(stage))
     assert not (stage.directory / "adapter").exists()
 
 

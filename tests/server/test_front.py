@@ -22,7 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server import front
 from server.front import METHODS, Limits, serve_front
-from server.superlink import _loopback_certificate
+from server.superlink import loopback_certificate
+from tests.deployments import wait_for
 
 PATH = "/v1/fleet/pull-messages"
 LIMITS = Limits(body_bytes=6 * 2**20, connections=40, connections_each=12, quiet_s=1.0, request_s=4.0)
@@ -62,7 +63,7 @@ def an_upstream(directory: Path) -> Iterator[Upstream]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    upstream.certificate, key = _loopback_certificate()
+    upstream.certificate, key = loopback_certificate()
     (directory / "up.crt").write_bytes(upstream.certificate)
     (directory / "up.key").write_bytes(key)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -125,7 +126,7 @@ def read_all(connection: ssl.SSLSocket) -> bytes:
 
 @contextmanager
 def a_door(directory: Path, upstream: Upstream, limits: Limits = LIMITS) -> Iterator[Door]:
-    certificate, key = _loopback_certificate()
+    certificate, key = loopback_certificate()
     (directory / "door.crt").write_bytes(certificate)
     (directory / "door.key").write_bytes(key)
     with socket.socket() as found:
@@ -424,13 +425,13 @@ def test_one_address_does_not_take_all_connections(door: Door) -> None:
 
 
 def test_a_superlink_that_is_gone_is_told_as_such(tmp_path: Path) -> None:
-    with a_door(tmp_path, Upstream("127.0.0.1:1", _loopback_certificate()[0])) as door, door.client() as client:
+    with a_door(tmp_path, Upstream("127.0.0.1:1", loopback_certificate()[0])) as door, door.client() as client:
         assert client.post(PATH, content=b"x").status_code == 503
 
 
 def test_another_superlink_than_the_one_that_is_known_is_not_asked(tmp_path: Path) -> None:
     with an_upstream(tmp_path) as upstream:
-        stranger = Upstream(upstream.address, _loopback_certificate()[0])
+        stranger = Upstream(upstream.address, loopback_certificate()[0])
         with a_door(tmp_path, stranger) as door, door.client() as client:
             assert client.post(PATH, content=b"x").status_code == 503
         assert upstream.seen == []
@@ -451,7 +452,7 @@ def test_only_tls_1_3_is_spoken(door: Door) -> None:
 
 
 def test_a_port_that_is_taken_is_told(door: Door, tmp_path: Path) -> None:
-    certificate, key = _loopback_certificate()
+    certificate, key = loopback_certificate()
     (tmp_path / "c").write_bytes(certificate)
     (tmp_path / "k").write_bytes(key)
     with pytest.raises(OSError, match="is the port in use"):
@@ -482,7 +483,43 @@ def test_the_application_is_for_http_alone() -> None:
         async def receive() -> Any:
             raise AssertionError
 
-        await front._Front("127.0.0.1:1", _loopback_certificate()[0], LIMITS)({"type": "websocket"}, receive, send)
+        await front._Front("127.0.0.1:1", loopback_certificate()[0], LIMITS)({"type": "websocket"}, receive, send)
         return sent
 
     assert asyncio.run(call()) == []
+
+
+def shown(door: Door) -> bytes:
+    """The certificate that a member sees, whoever vouches for it."""
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", door.port), timeout=5) as raw, trust.wrap_socket(raw) as connection:
+        found = connection.getpeercert(binary_form=True)
+    assert found
+    return ssl.DER_cert_to_PEM_cert(found).encode()
+
+
+def test_a_certificate_is_taken_up_once_it_fits_its_key_and_connections_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(text: str) -> int:
+        return sum(text in record.getMessage() for record in caplog.records)
+
+    with an_upstream(tmp_path) as upstream, a_door(tmp_path, upstream) as door, door.client() as client:
+        caplog.set_level("WARNING", "silotune.front")
+        before = shown(door)
+        assert client.post(PATH, content=b"x").status_code == 200
+        certificate, key = loopback_certificate()
+        (tmp_path / "door.key").write_bytes(key)
+        wait_for(lambda: told("do not fit together") == 1)
+        assert shown(door) == before
+        (tmp_path / "door.crt").write_bytes(certificate)
+        wait_for(lambda: shown(door) == certificate)
+        (tmp_path / "door.crt").write_bytes(before)  # the other way round: the certificate first
+        wait_for(lambda: told("do not fit together") == 2)
+        assert shown(door) == certificate
+        (tmp_path / "door.crt").unlink()
+        wait_for(lambda: told("do not fit together") == 3)
+        assert shown(door) == certificate
+        assert client.post(PATH, content=b"x").status_code == 200  # on the connection that was there
+        assert told("is another certificate") == 1

@@ -80,6 +80,12 @@ def uncompared() -> dict[str, Any]:
     return data
 
 
+def deployed(**changes: Any) -> dict[str, Any]:
+    """A summary of real institutions, which keep their own scores to themselves."""
+    data = uncompared() | {"run": "hospitals-0a1b2c3d", "own": {}, "delivered": ["riverside"]}
+    return data | changes
+
+
 def terminal(data: Mapping[str, Any], width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width, color_system="truecolor", force_terminal=True)
     console.print(tables(data))
@@ -520,3 +526,56 @@ def test_text_has_contrast_in_light_and_dark(scheme: int) -> None:
     for text, ground in pairs:
         light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)  # level AA for text
+
+
+# --- A run of real institutions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("federated", "headline", "badge"),
+    [
+        (5.0, "The federated model beats the base model.", "Better than the base"),
+        (31.2, "No: the federated model is not clearly better than the base model.", "Not better than the base"),
+        (40.0, "No: the federated model is not clearly better than the base model.", "Not better than the base"),
+        (None, "No: the federated model diverged, its perplexity is not finite.", "Not better than the base"),
+    ],
+)
+def test_a_coordinator_compares_with_the_base_and_claims_no_more(
+    federated: float | None, headline: str, badge: str
+) -> None:
+    data = deployed()
+    data["everyone"]["federated"] = score(federated)
+    assert verdict(data).startswith(headline)
+    assert "Whether that beats training alone, this page cannot know" in verdict(data)
+    page = Page(render(data, ROUNDS, CONFIG))
+    assert headline in page.text
+    assert badge in page.text
+    assert "Paid off" not in page.text
+    assert not page.open
+
+
+def test_a_page_of_real_institutions_says_what_it_does_not_know_and_who_has_the_adapter() -> None:
+    data = deployed(absences={"northgate": {"timed_out": 2}})
+    text = Page(render(data, ROUNDS, CONFIG)).text
+    assert "What this page does not know" in text
+    assert "hospitals-0a1b2c3d" in text
+    assert "with riverside; not yet with northgate" in text
+    assert "Without the adapter yet: northgate." in text
+    assert "timed_out" in text
+    for absent in ("everybody's test", "At home", "Local-only", "Gap closed", "pooled"):
+        assert absent not in text
+    assert "with nobody yet" in Page(render(deployed(delivered=[]), ROUNDS, CONFIG)).text
+    assert "not yet with" not in Page(render(deployed(delivered=data["institutions"]), ROUNDS, CONFIG)).text
+
+
+def test_the_terminal_has_one_table_of_a_run_of_real_institutions() -> None:
+    printed = unstyled(terminal(deployed(), width=1000))
+    assert "On the coordinator's test records" in printed
+    assert "At home" not in printed
+    assert verdict(deployed()) in printed
+
+
+def test_a_simulation_knows_nothing_of_delivery() -> None:
+    text = Page(render(uncompared(), ROUNDS, CONFIG)).text
+    assert "What this page does not know" not in text
+    assert "without the adapter" not in text.lower()

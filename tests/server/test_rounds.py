@@ -37,6 +37,7 @@ from common.messages import (
 )
 from common.wire import size, to_wire
 from server import checkpoints
+from server.collect import Heard
 from server.rounds import Progress, RoundRecord, begin, cohort_of, finished, groups_of, record_as_json, stopped_early
 from tests.server.conftest import (
     BASE,
@@ -545,11 +546,30 @@ def test_rounds_are_evaluated_as_often_as_asked_and_at_the_end() -> None:
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_answers_are_told_as_they_come(secure: bool, tmp_path: Path) -> None:
-    told: list[tuple[int, int, int]] = []
+    told: list[Heard] = []
     config = rounds_config(secure=secure, rounds=2)
     members = SecureMembers(config, tmp_path / "homes") if secure else RuleMembers()
-    play(config, members, on_reply=lambda *reply: told.append(reply), directory=tmp_path)
-    assert told == [(number, answered, 4) for number in (1, 2) for answered in (1, 2, 3, 4)]
+    play(config, members, on_heard=told.append, directory=tmp_path)
+    phases = ("train", "shares", "masked input", "consent", "unmask") if secure else ("train",)
+    # Attempts count through a run under secure aggregation; in the clear there is one a round.
+    assert told == [
+        Heard(number, number if secure else 1, phase, ROSTER[:answered], ROSTER[answered:])
+        for number in (1, 2)
+        for phase in phases
+        for answered in (0, 1, 2, 3, 4)
+    ]
+
+
+def test_who_refuses_is_told_as_one_who_answered() -> None:
+    told: list[Heard] = []
+
+    def rule(name: str, request: TrainRequest) -> Reply:
+        return Refused(INTERNAL_ERROR, name) if name == "birch" else contribute(name, request)
+
+    members = RuleMembers(rule, order=lambda names: names[::-1])
+    play(rounds_config(rounds=1), members, on_heard=told.append)
+    assert [heard.answered for heard in told] == [ROSTER[4 - count :] for count in range(5)]
+    assert [heard.waiting for heard in told] == [ROSTER[: 4 - count] for count in range(5)]
 
 
 # ---- going on ------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ from common.secagg.sealing import seal
 from common.secagg.terms import Terms
 from common.wire import Wire, from_wire, size, to_wire
 from server.attempts import Attempts
-from server.collect import Clock, Collected
+from server.collect import Clock, Collected, Heard, OnHeard
 from server.rounds import cohort_of, groups_of
 from server.secure import collect_securely
 from tests.federations import (
@@ -109,13 +109,13 @@ def collect(
     adapter: Adapter = ADAPTER,
     number: int = 1,
     cohort: tuple[str, ...] = (),
-    on_reply: Callable[[int, int, int], None] = lambda *_: None,
+    on_heard: OnHeard = lambda _: None,
 ) -> Collected:
     """The sum as a coordinator comes to it whose process has just begun, or gone on after a kill."""
     members = answer if isinstance(answer, WiredMembers) else WiredMembers(federation, answer)
     plan = replace(federation.plan(cohort=cohort, adapter=adapter, round=number), secure=None)
     attempts = Attempts(attempts_file(federation))
-    return collect_securely(plan, adapter, members, federation.config, federation.roster, attempts, Clock(), on_reply)
+    return collect_securely(plan, adapter, members, federation.config, federation.roster, attempts, Clock(), on_heard)
 
 
 def attempts_file(federation: Federation) -> Path:
@@ -221,10 +221,45 @@ def test_bytes_are_the_most_that_anybody_sent_and_received(five: Federation) -> 
     assert (collected.bytes_up, collected.bytes_down) == (up, down)
 
 
-def test_whoever_watches_is_told_as_members_have_trained(five: Federation) -> None:
-    seen: list[tuple[int, int, int]] = []
-    collect(five, who_falls("silent", TrainRequest, B), on_reply=lambda *told: seen.append(told), number=3)
-    assert seen == [(3, 1, 5), (3, 3, 5), (3, 4, 5), (3, 5, 5)]
+WORDS = ("train", "shares", "masked input", "consent", "unmask")
+"""What is told of each of PHASES."""
+
+
+def asked_and_answered(number: int, attempt: int, phase: str, names: tuple[str, ...]) -> list[Heard]:
+    """What is told of a question to `names` which all answer in order, with what they were asked for or a refusal."""
+    return [Heard(number, attempt, phase, names[:count], names[count:]) for count in range(len(names) + 1)]
+
+
+def test_whoever_watches_is_told_of_every_question_and_every_answer(five: Federation) -> None:
+    seen: list[Heard] = []
+    collect(five, on_heard=seen.append, number=3)
+    assert seen == [heard for phase in WORDS for heard in asked_and_answered(3, 1, phase, FIVE)]
+
+
+@pytest.mark.parametrize(("place", "kind"), list(enumerate(PHASES)))
+def test_who_leaves_at_a_question_is_waited_for_at_none_that_follows(
+    place: int, kind: type[Request], five: Federation
+) -> None:
+    seen: list[Heard] = []
+    collect(five, who_falls("silent", kind, B), on_heard=seen.append, number=3)
+    left = tuple(name for name in FIVE if name != B)
+    # The set that consents is named when all vectors are in; who leaves then is asked no more either.
+    assert seen == [
+        heard
+        for number, phase in enumerate(WORDS)
+        for heard in asked_and_answered(3, 1, phase, FIVE if number <= place else left)
+    ]
+
+
+def test_whoever_watches_is_told_which_attempt_it_is(five: Federation) -> None:
+    seen: list[Heard] = []
+    collect(five, who_falls("silent", KeyList, B, D, attempts=1), on_heard=seen.append)
+    # With two of five gone at the second question, and one who may be, nobody is asked the third.
+    assert seen == [
+        *asked_and_answered(1, 1, "train", FIVE),
+        *asked_and_answered(1, 1, "shares", FIVE),
+        *(heard for phase in WORDS for heard in asked_and_answered(1, 2, phase, FIVE)),
+    ]
 
 
 # ---- dropouts ------------------------------------------------------------------------------------------------------

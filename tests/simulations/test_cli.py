@@ -26,6 +26,7 @@ from common.errors import ConfigError, DataError, ModelError, Refusal, RunStoppe
 COMMANDS = [
     ("simulations", []),
     ("simulations", ["run"]),
+    ("simulations", ["federation"]),
     ("simulations", ["check"]),
     ("simulations", ["tune"]),
     ("simulations", ["data"]),
@@ -35,10 +36,15 @@ COMMANDS = [
     ("simulations", ["bench", "secagg"]),
     ("simulations", ["bench", "trainer"]),
     ("server", []),
-    *(("server", [name]) for name in ("init", "renew", "enroll", "roster", "remove", "report")),
+    *(("server", [name]) for name in ("init", "renew", "enroll", "roster", "remove", "up")),
+    *(("server", [name]) for name in ("run", "resume", "status", "list", "stop", "logs", "report", "prune")),
     ("client", []),
     *(("client", [name]) for name in ("init", "card", "trust", "data", "fingerprint", "log")),
     *(("client", ["log", name]) for name in ("show", "verify", "export")),
+    *(("client", [name]) for name in ("up", "status", "pause", "resume", "runs", "leave", "report", "approve")),
+    ("client", ["check"]),
+    ("client", ["adapter"]),
+    *(("client", ["adapter", name]) for name in ("list", "export", "evaluate")),
 ]
 HEAVY = ["torch", "transformers", "flwr", "ray", "peft", "datasets", "omegaconf", "numpy", "jinja2"]
 
@@ -57,7 +63,9 @@ def sim(*arguments: str) -> Result:
 def commands(apps: Mapping[str, typer.Typer]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every command of every application, and those of its groups."""
     for name, app in apps.items():
-        yield from ((name, (found.callback.__name__,)) for found in app.registered_commands if found.callback)
+        yield from (
+            (name, (found.name or found.callback.__name__,)) for found in app.registered_commands if found.callback
+        )
         for group in app.registered_groups:
             assert group.name
             assert group.typer_instance

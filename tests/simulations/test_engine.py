@@ -8,7 +8,7 @@ import subprocess
 import sys
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -86,7 +86,7 @@ class Noting(Institution):
         reply = super().answer(request)
         line: dict[str, Any] = {"process": os.getpid(), "request": type(request).__name__}
         if self.secure is not None:
-            text, vector = self.secure.snapshot()
+            text, vector, _ = self.secure.snapshot()
             held = json.loads(json.loads(text)["participant"]) if text else {"seeds": [], "shares": {}}
             line["secrets"] = [*held["seeds"], *held["shares"].values()]
             line["vector"] = b64encode(vector.tobytes()).decode()
@@ -174,8 +174,14 @@ class InClear:
     members: InProcessMembers
     silent: Mapping[int, str]
 
-    def meet(self, hello: Hello, expected: int, timeout_s: float) -> Mapping[str, Introduction | Refused]:
-        return self.members.meet(hello, expected, timeout_s)
+    def meet(self, hello: Hello, known: Collection[str], timeout_s: float) -> Mapping[str, Introduction | Refused]:
+        return self.members.meet(hello, known, timeout_s)
+
+    def reachable(self) -> tuple[str, ...]:
+        return self.members.reachable()
+
+    def rest(self, seconds: float) -> None:
+        self.members.rest(seconds)
 
     def ask(self, requests: Mapping[str, Request], timeout_s: float) -> Iterator[tuple[str, Reply]]:
         for name, reply in self.members.ask(requests, timeout_s):

@@ -16,7 +16,7 @@ from common.base_model import fingerprint
 from common.config import Config, DataConfig, named
 from common.config_rules import RULES
 from common.fixed_point import Ring
-from common.messages import PROTOCOL, Hello, Introduction, Refused, Request, TrainRequest
+from common.messages import Hello, Introduction, Refused, Request, TrainRequest
 from common.models import load
 from common.secagg.aggregator import Aggregator
 from common.secagg.identity import Roster
@@ -117,7 +117,8 @@ def test_without_secure_aggregation_a_node_keeps_nothing(tmp_path: Path) -> None
     state = context(0, RecordDict())
     with VirtualInstitutions.of(config, tmp_path)(state) as found:
         assert found.secure is None
-        assert isinstance(found.answer(Hello(PROTOCOL, fingerprint(config.model.path))), Introduction)
+        hello = Hello.of(config, "run", fingerprint(config.model.path))
+        assert isinstance(found.answer(hello), Introduction)
     assert not state.state
 
 

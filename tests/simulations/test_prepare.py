@@ -262,3 +262,21 @@ def test_generated_records_are_what_the_generator_makes() -> None:
     assert len(sets_of(prepare.gather(config.data))) == 11
     with pytest.raises(ConfigError):
         prepare.gather(replace(config.data, dirichlet=-1.0))
+
+
+@pytest.mark.parametrize("command", ["run", "tune", "data", "check"])
+def test_a_deployments_configuration_is_refused_with_words_and_nothing_is_written(command: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")] if command != "check" else []
+    done = subprocess.run([*COMMAND, command, "deployment", *out], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert "found records that lie with the institutions" in said
+    assert "such a run needs them and a coordinator: silotune-server run" in said
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_coordinators_file_alone_is_no_simulation() -> None:
+    config = config_files.load("deployment")
+    with pytest.raises(ConfigError, match="expected a generator, a directory or a path for every institution"):
+        prepare.gather(config.data)

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 
 from common import config_files
-from common.adapter import Adapter
 from common.evaluation import evaluate
 from common.models import load_adapter
 from server import checkpoints
 from server.coordinator import Bench, Observer, coordinate
-from server.rounds import Progress, RoundRecord
-from simulations import run
+from server.summary import PHASES
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
 from simulations.members import InProcessMembers
@@ -56,7 +54,7 @@ def test_the_summary_is_what_the_json_says_and_holds_every_promised_number(whole
         for arm in ("local", "federated"):
             assert summary["own"][name][arm]["perplexity"] > 1
     assert set(summary["seconds"]) >= {"train", "secure_aggregation", "aggregate", "evaluate", "total"}
-    spent = {phase: summary["seconds"][phase] for phase in run.PHASES}
+    spent = {phase: summary["seconds"][phase] for phase in PHASES}
     share = spent["secure_aggregation"] / sum(spent.values())
     assert 0 < summary["secure_aggregation_share"] < 1
     assert summary["secure_aggregation_share"] == pytest.approx(share, abs=0.01)  # seconds are rounded
@@ -251,50 +249,6 @@ def test_bad_input_is_refused_in_words(arguments: list[str], code: int, says: st
     assert done.returncode == code, done.stderr
     assert says in "".join(done.stderr.split())
     assert "Traceback" not in done.stderr
-
-
-# --- What the summary says of secure aggregation
-
-
-def record(**seconds: float) -> RoundRecord:
-    return RoundRecord(
-        round=1, contributors=3, void=0, refused={}, train_loss=None, institutions_perplexity=None, validation=None,
-        best=False, seconds=seconds, bytes_up=1, bytes_down=1,
-    )  # fmt: skip
-
-
-def progress(*records: RoundRecord) -> Progress:
-    return Progress(Adapter({}), Adapter({}), history=records)
-
-
-def test_seconds_are_summed_by_phase_and_an_older_round_took_none_of_a_newer_phase() -> None:
-    old, new = record(train=3.0, aggregate=1.0, evaluate=2.0), record(train=3.0, secure_aggregation=2.0, aggregate=1.0)
-    assert run._seconds(progress(old, new)) == {
-        "train": 6.0, "secure_aggregation": 2.0, "aggregate": 2.0, "evaluate": 2.0,
-    }  # fmt: skip
-    assert set(run._seconds(None).values()) == {0}
-
-
-def test_the_share_is_of_the_rounds_own_time_and_there_is_none_without_secure_aggregation() -> None:
-    timed = progress(record(train=3.0, secure_aggregation=2.0, aggregate=1.0, evaluate=2.0))
-    on, off = (config_files.load("smoke", [f"secure_aggregation.enabled={word}"]) for word in ("true", "false"))
-    assert run._share(on, timed) == 0.25
-    assert run._share(off, timed) is None
-    assert run._share(on, progress()) is None
-
-
-def test_the_numbers_are_those_of_the_institutions_that_took_part() -> None:
-    config = config_files.load("hospitals")
-    assert run._privacy(config, {}) == {
-        "secure_aggregation": True,
-        "mode": "none",
-        "terms": {
-            "cohort": 4, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 1, "ring_bits": 16 + 4 + 2,
-        },
-    }  # fmt: skip
-    assert run._privacy(config, {"summit": "base_model_differs"})["terms"]["dropouts"] == 0
-    off = config_files.load("hospitals", ["secure_aggregation.enabled=false"])
-    assert run._privacy(off, {}) == {"secure_aggregation": False, "mode": "none"}
 
 
 def _wait_for_a_round(out: Path, process: subprocess.Popen[Any]) -> None:

@@ -11,7 +11,7 @@ from common.config_files import validate
 from common.errors import ConfigError
 from common.secagg.terms import OFF, Terms
 from server.rounds import cohort_of
-from simulations.terms import launch_line, terms_of
+from server.terms import launch_line, terms_of
 
 
 def configured(

@@ -1,0 +1,348 @@
+"""The privacy ledger: every step that used data, written down and synced before what it gave may leave.
+
+What is spent is spent for good, and for all data sets of a population: another run, another round or attempt, a changed
+file, a restart, or a crash between writing and sending open no fresh budget. How the ledger is kept is
+`client.chain`'s, how it is checked `client.chain_audit`'s. It holds what plans and policy say, and nothing of the data.
+
+One that was deleted, altered or cut short lets nothing be spent; it is begun by `Ledger.begin` alone. What it cannot
+notice by itself: files and head that were put back together to an earlier state while no process knew the later one,
+and training without noise, which is in no ledger. An export kept elsewhere, and the epsilons of the egress log, show
+the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from client import chain, chain_audit
+from client.chain import CUT_OFF, LARGEST_FILE, Chain, Form, Head, Held, Link
+from client.policy_file import UNITS, Population
+from common.errors import ConfigError, Refusal
+from common.policy_reasons import BUDGET_EXHAUSTED
+from common.privacy.accounting import Event, Mechanism, epsilon
+from common.secagg.identity import Identity
+
+SPENT, BUDGET, NO_BUDGET = "spent", "budget", "budget.none"
+
+LEAST_SIGMA = 0.01
+"""Noise multipliers below it cost more than can be told in numbers."""
+
+
+@dataclass(frozen=True)
+class Spend:
+    """What one update costs: an `Event` of the accountant, and what it belongs to.
+
+    unit: what the epsilon speaks of: record, patient or institution. data_set: whose records were used.
+
+    Raises ConfigError for what no event can be.
+    """
+
+    mechanism: Mechanism
+    sigma: float
+    q: float
+    steps: int
+    unit: str
+    run: str
+    round: int
+    attempt: int
+    data_set: str
+
+    def __post_init__(self) -> None:
+        numbers = (self.steps, self.round, self.attempt)
+        if not all(type(number) is int and number >= 0 for number in numbers) or self.steps == 0:
+            raise ConfigError(f"expected at least 1 step, and a round and an attempt from 0, found {numbers}")
+        if not self.sigma >= LEAST_SIGMA:
+            raise ConfigError(f"expected a noise multiplier of at least {LEAST_SIGMA}, found {self.sigma}")
+        if self.unit not in UNITS.values():
+            raise ConfigError(f"expected a unit of {', '.join(sorted(set(UNITS.values())))}, found {self.unit!r:.40}")
+        if not self.data_set:
+            raise ConfigError("expected the name of a data set, found none")
+        _ = self.event
+
+    @classmethod
+    def of(cls, event: Event, mode: str, run: str, round_number: int, attempt: int, data_set: str) -> Spend:
+        """Of an event in a mode of the configuration."""
+        made = (event.mechanism, float(event.sigma), float(event.q), event.steps)
+        return cls(*made, UNITS.get(mode, mode), run, round_number, attempt, data_set)
+
+    @property
+    def event(self) -> Event:
+        """As the accountant counts it."""
+        return Event(self.mechanism, self.sigma, self.q, self.steps)
+
+
+# --- Entries ----------------------------------------------------------------------------------------------------------
+
+
+class Entry(chain.Entry):
+    """What the entries of a ledger have in common."""
+
+    WORD = "ledger"
+
+
+@dataclass(frozen=True)
+class Spent(Entry):
+    """What an update cost, that was about to leave. population: its name at that time. The rest as in `Spend`."""
+
+    number: int
+    time: str
+    kind: str
+    population: str
+    data_set: str
+    run: str
+    round: int
+    attempt: int
+    unit: str
+    mechanism: str
+    sigma: float
+    q: float
+    steps: int
+    previous: str
+    hash: str = ""
+    signature: str = ""
+
+    @property
+    def event(self) -> Event:
+        """As the accountant counts it."""
+        return Event(cast(Mechanism, self.mechanism), self.sigma, self.q, self.steps)
+
+
+@dataclass(frozen=True)
+class BudgetSet(Entry):
+    """The terms of a population, where they are other ones than before.
+
+    kind: BUDGET, or NO_BUDGET with an epsilon of 0. data_sets: names, with commas between them.
+    """
+
+    number: int
+    time: str
+    kind: str
+    population: str
+    data_sets: str
+    epsilon: float
+    delta: float
+    previous: str
+    hash: str = ""
+    signature: str = ""
+
+    @property
+    def terms(self) -> tuple[str, str, str, float, float]:
+        """What is compared."""
+        return self.kind, self.population, self.data_sets, self.epsilon, self.delta
+
+
+@dataclass(frozen=True)
+class CutOff(Entry):
+    """A line before it that a crash cut off; a file calls the size bytes."""
+
+    number: int
+    time: str
+    kind: str
+    size: int
+    sha256: str
+    previous: str
+    hash: str = ""
+    signature: str = ""
+
+    NAMES = {"size": "bytes"}  # noqa: RUF012
+
+
+_KINDS: dict[str, type[Entry]] = {SPENT: Spent, BUDGET: BudgetSet, NO_BUDGET: BudgetSet, CUT_OFF: CutOff}
+
+Copy = chain_audit.Copy[Entry]
+
+FORM: Form[Entry] = Form(
+    word=Entry.WORD,
+    title="the privacy ledger",
+    halt="nothing may be spent",
+    command="silotune-client ledger verify",
+    remedy="restore it from a copy; only where nothing was ever spent, move the directory away and begin one with"
+    " `silotune-client ledger begin`",
+    kind=_KINDS.get,
+    cut_off=lambda link, size, sha256: CutOff(link.number, link.time, CUT_OFF, size, sha256, link.previous),
+    opens=False,
+)
+
+
+def read_entry(raw: bytes) -> Entry | None:
+    """The entry that a line holds, signature aside; None for any line that `Ledger` does not write."""
+    return chain.read_entry(FORM, raw)
+
+
+def open_copy(path: Path) -> Copy:
+    """The ledger in a directory, or in the file that `export` wrote. See `chain_audit.open_copy`."""
+    return chain_audit.open_copy(FORM, path)
+
+
+def export(directory: Path, file: Path) -> int:
+    """Writes the ledger into one file, and gives the number of its entries. See `chain_audit.export`."""
+    return chain_audit.export(FORM, directory, file)
+
+
+def spent_by(entries: Iterable[Entry], population: Population) -> tuple[Spent, ...]:
+    """All that ever was spent of a population, in order.
+
+    That is what was spent under its name, and what was spent on one of its data sets under any other: neither a new
+    name nor a data set that changes its population gives anything back.
+    """
+    found = [entry for entry in entries if isinstance(entry, Spent)]
+    return tuple(
+        entry for entry in found if entry.population == population.name or entry.data_set in population.data_sets
+    )
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was written down. added: epsilon that it added at the population's delta, by Renyi divergences."""
+
+    entry: Spent
+    added: float
+
+
+class Ledger:
+    """An institution's ledger, to be written to by any number of threads and processes.
+
+    clock: gives the time, with its zone. largest: bytes of a file, after which a new one begins.
+
+    Raises ConfigError for a directory that others can enter, StorageError for one that cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        largest: int = LARGEST_FILE,
+    ) -> None:
+        self._chain = Chain(FORM, directory, identity, largest, clock)
+        self._known: Head | None = None
+        self._entries: list[Entry] = []
+
+    def begin(self) -> Head:
+        """Begins the ledger where there is none yet, and leaves one that is there. Raises StorageError."""
+        return self._chain.begin()
+
+    def spend(self, population: Population, spend: Spend) -> Receipt:
+        """Writes down a spend; what it is for may leave when this has returned, and counts as spent from now on.
+
+        Check and writing are one step: nobody else spends meanwhile. A budget that the policy changed is written down
+        first, and holds.
+
+        Raises Refusal(budget_exhausted), with what is left in its detail, where it would cost more than the
+        population's budget; StorageError when the ledger is not as it was left, or cannot be written: then nothing may
+        leave either.
+        """
+        with self._chain.held() as held:
+            entries = self._read(held)
+            self._note_budget(held, entries, population)
+            past = _events(entries, population, spend)
+            if refusal := _refusal(past, population, spend):
+                raise refusal
+            added = _by_renyi([*past, spend.event], population.delta) - _by_renyi(past, population.delta)
+            entry = held.append(lambda link: _spent(link, population, spend))
+        assert isinstance(entry, Spent)
+        return Receipt(entry, max(added, 0.0))
+
+    def would_exceed(self, population: Population, spend: Spend) -> Refusal | None:
+        """What `spend` would raise now, to be asked before training; None where it fits. Writes down nothing.
+
+        Raises StorageError as `spend` does.
+        """
+        with self._chain.held() as held:
+            return _refusal(_events(self._read(held), population, spend), population, spend)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries, in order. Raises StorageError when the ledger is not as it was left."""
+        with self._chain.held() as held:
+            return tuple(self._read(held))
+
+    def _read(self, held: Held[Entry]) -> list[Entry]:
+        """All entries; those that are known already are not read again."""
+        self._entries += held.since(self._known)
+        self._known = held.head
+        return self._entries
+
+    def _note_budget(self, held: Held[Entry], entries: Sequence[Entry], population: Population) -> None:
+        kind, limit = (BUDGET, float(population.epsilon)) if population.limited else (NO_BUDGET, 0.0)
+        terms = (kind, population.name, ",".join(population.data_sets), limit, float(population.delta))
+        before = [entry for entry in entries if isinstance(entry, BudgetSet) and entry.population == population.name]
+        if not before or before[-1].terms != terms:
+            held.append(lambda link: BudgetSet(link.number, link.time, *terms, link.previous))
+
+
+class Budgets:
+    """A ledger as a round asks it, which knows its data set and its mode; populations and budgets are the policy's."""
+
+    def __init__(self, ledger: Ledger, population_of: Callable[[str], Population]) -> None:
+        self._ledger = ledger
+        self._population_of = population_of
+
+    def require(self, data_set: str, mode: str, event: Event) -> None:
+        """To be asked before training: raises what `spend` would raise now, and writes down nothing."""
+        spend = Spend.of(event, mode, "", 0, 0, data_set)
+        if refusal := self._ledger.would_exceed(self._population_of(data_set), spend):
+            raise refusal
+
+    def spend(self, data_set: str, mode: str, event: Event, run: str, round_number: int, attempt: int) -> Receipt:
+        """Writes down what an update cost, which may leave when this has returned. Raises as `Ledger.spend` does."""
+        spend = Spend.of(event, mode, run, round_number, attempt, data_set)
+        return self._ledger.spend(self._population_of(data_set), spend)
+
+
+def _spent(link: Link, population: Population, spend: Spend) -> Spent:
+    return Spent(
+        number=link.number,
+        time=link.time,
+        kind=SPENT,
+        population=population.name,
+        data_set=spend.data_set,
+        run=spend.run,
+        round=spend.round,
+        attempt=spend.attempt,
+        unit=spend.unit,
+        mechanism=spend.mechanism,
+        sigma=float(spend.sigma),
+        q=float(spend.q),
+        steps=spend.steps,
+        previous=link.previous,
+    )
+
+
+def _events(entries: Iterable[Entry], population: Population, spend: Spend) -> list[Event]:
+    """What was spent of the population before. Raises ValueError for a data set that is not of it."""
+    if spend.data_set not in population.data_sets:
+        raise ValueError(f"expected a data set of population {population.name}, found {spend.data_set!r:.80}")
+    return [entry.event for entry in spent_by(entries, population)]
+
+
+def _refusal(past: Sequence[Event], population: Population, spend: Spend) -> Refusal | None:
+    """Why a spend does not fit into the budget; None where it does."""
+    if not population.limited:
+        return None
+    limit, delta = population.epsilon, population.delta
+    if _by_renyi([*past, spend.event], delta) <= limit:
+        return None
+    after = epsilon([*past, spend.event], delta).bound
+    if after <= limit:  # never true of a number that is none
+        return None
+    before = epsilon(past, delta).bound
+    return Refusal(
+        BUDGET_EXHAUSTED,
+        f"population {population.name}: the budget is epsilon {limit:g} at delta {delta:g}, {before:.4g} of it is spent"
+        f" and {max(limit - before, 0.0):.4g} left; with this round it would be {after:.4g}",
+    )
+
+
+def _by_renyi(events: Iterable[Event], delta: float) -> float:
+    """An upper bound on epsilon that is quick however many different events there are.
+
+    Renyi divergences only: what bounds those of a sum of discrete Gaussians bounds those of the normal noise as well.
+    """
+    return epsilon([Event("discrete-gaussian", event.sigma, event.q, event.steps) for event in events], delta).bound

@@ -1,0 +1,169 @@
+"""What a ledger says of each population: what is spent and left, by run and over rounds, and how much still fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from client.ledger import Entry, Spent, spent_by
+from client.policy_file import InstitutionPolicy, Population
+from common.config import Config, PrivacyConfig
+from common.privacy.accounting import Epsilon, Event, epsilon, noise_for, times_left
+from common.privacy.mechanism import noise_multiplier, steps_per_round
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's part. rounds: different ones; updates: times that an update was computed. epsilon: of these alone."""
+
+    name: str
+    rounds: int
+    updates: int
+    steps: int
+    epsilon: Epsilon
+
+
+@dataclass(frozen=True)
+class Point:
+    """All that was spent up to an update, the first of a population being number 1."""
+
+    number: int
+    run: str
+    round: int
+    epsilon: Epsilon
+
+
+@dataclass(frozen=True)
+class Account:
+    """A population's part. units: what its epsilon speaks of. left: below the budget; None without one."""
+
+    population: Population
+    units: tuple[str, ...]
+    updates: int
+    epsilon: Epsilon
+    left: float | None
+    runs: tuple[Run, ...]
+    points: tuple[Point, ...]
+
+
+def accounts(entries: Sequence[Entry], policy: InstitutionPolicy, points: int) -> tuple[Account, ...]:
+    """Of every population of the policy, and of every data set outside them that anything was spent on.
+
+    points: at most so many along the way, the last among them.
+    """
+    named = [policy.population_of(name) for budget in policy.populations.values() for name in budget.data_sets]
+    others = [policy.population_of(entry.data_set) for entry in entries if isinstance(entry, Spent)]
+    return tuple(account(spent_by(entries, one), one, points) for one in dict.fromkeys([*named, *others]))
+
+
+def account(spent: Sequence[Spent], population: Population, points: int) -> Account:
+    """Of one population, from what was spent of it."""
+    delta = population.delta
+    total = _epsilon(spent, delta)
+    last = len(spent)
+    numbers = sorted({max(1, round(last * (place + 1) / points)) for place in range(points)}) if last else []
+    by_run = [(name, list(own)) for name, own in groupby(sorted(spent, key=_run), key=_run)]
+    first = {entry.run: entry.number for entry in reversed(spent)}
+    return Account(
+        population=population,
+        units=tuple(sorted({entry.unit for entry in spent})),
+        updates=last,
+        epsilon=total,
+        left=max(population.epsilon - total.bound, 0.0) if population.limited else None,
+        runs=tuple(
+            Run(name, len({entry.round for entry in own}), len(own), _steps(own), _epsilon(own, delta))
+            for name, own in sorted(by_run, key=lambda pair: first[pair[0]])
+        ),
+        points=tuple(
+            Point(number, spent[number - 1].run, spent[number - 1].round, _epsilon(spent[:number], delta))
+            for number in numbers
+        ),
+    )
+
+
+def _run(entry: Spent) -> str:
+    return entry.run
+
+
+def _steps(spent: Iterable[Spent]) -> int:
+    return sum(entry.steps for entry in spent)
+
+
+def _epsilon(spent: Iterable[Spent], delta: float) -> Epsilon:
+    return epsilon([entry.event for entry in spent], delta)
+
+
+# --- What still fits --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a configuration would cost a population, beside what is spent.
+
+    allowed: whether the policy lets its mode train there. event: of a round in one attempt; None without noise. spent,
+    whole: so far, and with the whole run besides, at the population's delta. rounds_left: that fit into the budget;
+    None where nothing limits them, and 0 where nothing is allowed.
+    """
+
+    population: Population
+    asked: bool
+    allowed: bool
+    event: Event | None
+    spent: Epsilon
+    whole: Epsilon | None
+    rounds_left: int | None
+
+
+def round_event(config: Config) -> Event | None:
+    """What a round of a configuration costs each institution, in one attempt; None without noise.
+
+    In modes with noise in shares the event is never dearer than this one: there the noise that is asked for is rounded
+    up, by as much as the length of the update and the members say.
+
+    Raises ConfigError where no noise reaches the epsilon that is asked for.
+    """
+    privacy, rounds = config.privacy, config.federation.rounds
+    if not privacy.private:
+        return None
+    if not privacy.shared_noise:
+        steps = steps_per_round(config.train.passes_per_round, privacy.sampling_rate)
+        return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)
+    q = privacy.sampling_rate if privacy.samples else 1.0
+    return Event("discrete-gaussian", _in_shares(privacy, q, rounds), q, 1)
+
+
+def _in_shares(privacy: PrivacyConfig, q: float, rounds: int) -> float:
+    return privacy.noise_multiplier or noise_for(privacy.epsilon, privacy.delta, q, rounds, "discrete-gaussian")
+
+
+def forecasts(entries: Sequence[Entry], policy: InstitutionPolicy, config: Config) -> tuple[Forecast, ...]:
+    """What a configuration would cost each population that the policy's data sets are of.
+
+    asked: the one whose data set the configuration names. Raises ConfigError as `round_event` does.
+    """
+    event = round_event(config)
+    populations = dict.fromkeys(policy.population_of(name) for name in policy.data_sets)
+    return tuple(_forecast(spent_by(entries, one), one, event, config) for one in populations)
+
+
+def _forecast(spent: Sequence[Spent], population: Population, event: Event | None, config: Config) -> Forecast:
+    past = [entry.event for entry in spent]
+    found = Forecast(
+        population=population,
+        asked=config.data.name in population.data_sets,
+        allowed=config.privacy.mode in population.modes,
+        event=event,
+        spent=epsilon(past, population.delta),
+        whole=None,
+        rounds_left=None,
+    )
+    if event is None:
+        return replace(found, rounds_left=None if found.allowed else 0)
+    whole = replace(event, steps=event.steps * config.federation.rounds)
+    left = times_left(past, event, population.epsilon, population.delta) if population.limited else None
+    return replace(
+        found,
+        whole=epsilon([*past, whole], population.delta),
+        rounds_left=left if found.allowed else 0,
+    )

@@ -1,0 +1,294 @@
+"""A round at one institution: from its records to what leaves, and what stays.
+
+What leaves is a vector of numbers, in the clear or under masks. Under differential privacy it holds the update alone:
+no loss, no count and no weight that depends on data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.data_sets import RecordSet, RecordSource
+from client.guard import Guard
+from client.ledger import Ledger, Spend
+from client.policy_file import Population
+from client.secure import Update
+from client.state import LocalState, StateStore
+from client.training import Assignment, Trained, train
+from client.units import PATIENT, RECORD, Unit, units_of
+from common import fixed_point
+from common.adapter import Adapter
+from common.config import ModelConfig, TrainConfig
+from common.evaluation import Scores, evaluate
+from common.examples import Tokenised, examples_of
+from common.files import append_line, write_text
+from common.fixed_point import NATS, Ring
+from common.messages import Plan
+from common.methods import METHODS
+from common.models import LoraModel, load_tokenizer
+from common.privacy.accounting import Event
+from common.privacy.distributed import noised
+from common.privacy.mechanism import noise_multiplier, round_event, steps_per_round
+from common.privacy.noise import NoiseSource, SeededNoise, SystemNoise
+from common.randomness import seeded
+
+_EVERY_RUN = "silotune: which of a person's records are used"
+
+
+@lru_cache(maxsize=64)
+def _tokenised(records: RecordSet, model_path: str, train: TrainConfig, log: str) -> Tokenised:
+    """Tokenised records; a changed file is a different key."""
+    found = examples_of(records.records, load_tokenizer(model_path), train, records.where)
+    for note in found.counts.notes():
+        logging.getLogger(log).warning("%s: %s", records.where, note)
+    return found
+
+
+@dataclass(frozen=True)
+class LocalRound:
+    """A round that an institution was asked for, and what of the institution it needs.
+
+    directory: of the run. ledger: where what it spends of a privacy budget is written down before anything leaves.
+    The others are as `Institution` has them.
+    """
+
+    plan: Plan
+    name: str
+    data: RecordSource
+    directory: Path
+    model: ModelConfig
+    guard: Guard | None
+    ledger: Ledger | None
+    row_tokens: int | None
+    spoil: Callable[[Trained, Plan], Trained] | None
+    log: logging.Logger
+
+    def update(self, start: Adapter, model: LoraModel) -> Update:
+        """Trains from `start`, and keeps the state for the rounds to come.
+
+        Returns the vector that leaves, or, where noise is added in shares, the update that `draw` makes it from. What
+        training spends of a privacy budget is in the ledger when this returns.
+
+        Raises Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) before it trains, DataError and StorageError.
+        """
+        plan, settings = self.plan, self.plan.settings
+        if self.guard is not None:
+            self.guard.begin(plan)
+        self._require_budget()
+        if not (self.directory / "settings.json").exists():
+            write_text(self.directory / "settings.json", settings.to_json())
+        if settings.privacy.mode == "distributed":
+            return self._summed_gradients(start, model)
+        store = StateStore(self.directory / "state")
+        scores = Scores()
+        if settings.evaluate:
+            model.write(start)
+            scores = evaluate(model, self._load("validation").examples)
+        trained, records = self._trained(start, model, store.before(plan.round))
+        if self.spoil is not None:
+            trained = self.spoil(trained, plan)
+        if settings.privacy.mode in (RECORD, PATIENT):
+            self._spend()
+        vector, usable = self._vector(start, trained, scores, records)
+        # An unusable update must not poison the rounds to come: the institution goes on from the state before it.
+        if usable:
+            store.save(plan.round, trained.state)
+        self._remember(trained, scores, usable)
+        return vector
+
+    def draw(self, update: Update) -> Ring:
+        """The vector of one attempt: as it is, or, where noise is added in shares, with fresh noise.
+
+        What that spends is in the ledger when this returns. Raises Refusal(budget_exhausted) and StorageError.
+        """
+        noise = self.plan.shared_noise
+        if noise is None:
+            assert update.dtype == np.uint32
+            return update.astype(np.uint32, copy=False)
+        self._spend()
+        attempt = self.plan.secure.attempt if self.plan.secure else 0
+        return fixed_point.encode_levels(
+            noised(update.astype(np.float64), noise, self._noise("shares", attempt)), self.plan.layout
+        )
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    def _trained(self, start: Adapter, model: LoraModel, state: LocalState) -> tuple[Trained, int]:
+        """What training made of `start`, and how many examples it has."""
+        settings = self.plan.settings
+        trained = METHODS[settings.method].trained(start)
+        assignment = Assignment(self.plan.round, settings.rounds, trained, settings.seed, self.chance)
+        if settings.privacy.mode not in (RECORD, PATIENT):
+            examples = self._load("train").examples
+            return train(model, examples, start, state, self._config, assignment), len(examples)
+        from client.private_training import NoisedStep, train_privately
+
+        privacy = settings.privacy
+        steps = steps_per_round(settings.train.passes_per_round, privacy.sampling_rate)
+        sigma = noise_multiplier(privacy, settings.rounds, steps)
+        step = NoisedStep(sigma, privacy.clip, privacy.sampling_rate)
+        noise = self._noise("training")
+        return train_privately(model, self._units(), start, state, self._config, step, assignment, noise), 0
+
+    def _summed_gradients(self, start: Adapter, model: LoraModel) -> Update:
+        """Of mode `distributed`: minus the sum of one lot's clipped gradients [parameters], float64, without noise."""
+        from client.private_training import clipped_sum
+
+        settings = self.plan.settings
+        keys = METHODS[settings.method].trained(start)
+        privacy, noise = settings.privacy, self._noise("lot")
+        total = clipped_sum(model, self._units(), start, keys, self._config, privacy.clip, privacy.sampling_rate, noise)
+        append_line(self.directory / "metrics.jsonl", json.dumps({"round": self.plan.round, "void": False, "steps": 1}))
+        return -total
+
+    @property
+    def _config(self) -> TrainConfig:
+        train_config = self.plan.settings.train
+        return train_config if self.row_tokens is None else replace(train_config, row_tokens=self.row_tokens)
+
+    def _units(self) -> tuple[Unit, ...]:
+        privacy = self.plan.settings.privacy
+        unit = PATIENT if privacy.mode == PATIENT else RECORD
+        records = self.data.find(self.plan.settings.data_set, "train").records
+        return units_of(records, self._load("train"), unit, privacy.records_per_person, _EVERY_RUN)
+
+    def _load(self, part: str) -> Tokenised:
+        settings = self.plan.settings
+        said = settings.train
+        # The other settings do not change an example, and would only keep more than one copy of each.
+        text = TrainConfig(max_tokens=said.max_tokens, long=said.long, overlap=said.overlap, supervised=said.supervised)
+        return _tokenised(self.data.find(settings.data_set, part), self.model.path, text, self.log.name)
+
+    # --- Chance -------------------------------------------------------------------------------------------------------
+
+    @property
+    def chance(self) -> str:
+        """What seeds order, dropout and rounding here, besides the seed that everybody knows.
+
+        In a deployment it is drawn once a run and stays here: training again from the same adapter in another run gives
+        another update, so that two sums over sets that differ by one member do not differ by exactly its update. In a
+        simulation it is the name, and runs are repeatable.
+        """
+        if self.guard is None:
+            return self.name
+        file = self.directory / "chance"
+        if not file.exists():
+            write_text(file, secrets.token_hex(32))
+        return file.read_text(encoding="utf-8")
+
+    def _noise(self, purpose: str, attempt: int = 0) -> NoiseSource:
+        """Of differential privacy: the operating system's, but in a simulation, whose runs are repeatable."""
+        if self.guard is not None:
+            return SystemNoise()
+        return SeededNoise(self.plan.settings.seed, purpose, self.name, self.plan.round, attempt)
+
+    # --- Privacy ------------------------------------------------------------------------------------------------------
+
+    @property
+    def event(self) -> Event | None:
+        """What this round costs, in one attempt; None without differential privacy."""
+        plan, settings = self.plan, self.plan.settings
+        terms = plan.secure.terms if plan.secure else None
+        passes = settings.train.passes_per_round
+        return round_event(settings.privacy, settings.quantise, passes, settings.rounds, plan.parameters, terms)
+
+    def _require_budget(self) -> None:
+        if (spend := self._cost) is not None and (refusal := self._ledger.would_exceed(self._population, spend)):
+            raise refusal
+
+    def _spend(self) -> None:
+        if (spend := self._cost) is not None:
+            self._ledger.spend(self._population, spend)
+
+    @property
+    def _cost(self) -> Spend | None:
+        event = self.event
+        if event is None:
+            return None
+        plan, settings = self.plan, self.plan.settings
+        attempt = plan.secure.attempt if plan.secure else 0
+        return Spend.of(event, settings.privacy.mode, plan.run, plan.round, attempt, settings.data_set)
+
+    @property
+    def _population(self) -> Population:
+        """Whose data are used; in a simulation each data set is a population without limit."""
+        name = self.plan.settings.data_set
+        return Population(name, (name,)) if self.guard is None else self.guard.population_of(name)
+
+    @property
+    def _ledger(self) -> Ledger:
+        if self.ledger is None:
+            raise RuntimeError("nothing private is computed without a ledger")
+        return self.ledger
+
+    # --- What leaves, and what stays ----------------------------------------------------------------------------------
+
+    def _vector(self, start: Adapter, trained: Trained, scores: Scores, records: int) -> tuple[Update, bool]:
+        """What leaves, and whether it holds the update or, for want of finite numbers, zeros."""
+        plan, settings = self.plan, self.plan.settings
+        layout = plan.layout
+        update = METHODS[settings.method].encode(trained.adapter, start)
+        finite = bool(np.isfinite(update).all())
+        if not settings.privacy.private:
+            finite = finite and math.isfinite(trained.loss) and math.isfinite(scores.loss)
+        if not finite:
+            self.log.error("%s: round %d gave numbers that are not finite; sent as zeros", self.name, plan.round)
+        if settings.privacy.shared_noise:
+            # The sum counts on this member's noise, and whether its update was usable is data.
+            return (update if finite else np.zeros_like(update)), finite
+        if not finite:
+            return fixed_point.void(layout), False
+        rng = seeded(settings.seed, "rounding", self.chance, plan.round)
+        vector = fixed_point.encode(update, self._weight(records), self._counters(trained, scores), layout, rng)
+        # A loss can be finite and yet too large for its counter; such a vector is void too.
+        usable = not np.array_equal(vector, fixed_point.void(layout))
+        if not usable:
+            self.log.error("%s: round %d gave sums out of range; sent as zeros", self.name, plan.round)
+        return vector, usable
+
+    def _weight(self, records: int) -> int:
+        settings, layout = self.plan.settings, self.plan.layout
+        if settings.weighting != "records" or settings.privacy.private:
+            return 1
+        weight = fixed_point.weight_of(records, settings.weight_unit, layout)
+        if weight == layout.max_weight and records > weight * settings.weight_unit:
+            self.log.warning(
+                "%s: %d records weigh as %d only; a larger federation.weight_unit would count them all",
+                self.name,
+                records,
+                weight * settings.weight_unit,
+            )
+        return weight
+
+    def _counters(self, trained: Trained, scores: Scores) -> dict[str, int]:
+        """Sums that leave inside the vector; none under differential privacy."""
+        if self.plan.settings.privacy.private:
+            return {}
+        counters = {
+            "train_loss": round(trained.loss * NATS),
+            "train_tokens": trained.tokens,
+            "validation_loss": round(scores.loss * NATS),
+            "validation_tokens": scores.tokens,
+        }
+        return counters if self.guard is None else self.guard.leaving(counters)
+
+    def _remember(self, trained: Trained, scores: Scores, usable: bool) -> None:
+        """One line in the institution's own file; nobody else is told."""
+        line: dict[str, Any] = {
+            "round": self.plan.round,
+            "void": not usable,
+            "steps": trained.steps,
+            "train_loss": trained.loss / trained.tokens if usable and trained.tokens else None,
+            "validation_perplexity": scores.as_dict()["perplexity"],
+        }
+        append_line(self.directory / "metrics.jsonl", json.dumps(line))

@@ -1,0 +1,458 @@
+"""Whether an institution is ready: each thing that can be wrong shows in its own line, with its own exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from typer.testing import CliRunner, Result
+
+import client.main
+from client import trial, trust
+from client.check import Question, check
+from client.control import Control
+from client.data_sets import Machine
+from client.egress import EgressLog, Payload
+from client.findings import FAIL, OK, SKIPPED, WARN, Line
+from client.policy_file import InstitutionPolicy
+from common.bundle import bundle_digest
+from common.config import TrainConfig
+from common.enrolment import Address
+from common.errors import ModelError
+from common.examples import Tokenised, examples_of
+from common.models import LoraModel
+from common.records import write_jsonl
+from server.authority import authority_certificate, server_certificate
+from server.front import serve_front
+from server.operator import Operator
+from tests.client.conftest import make_records, tokenised
+from tests.client.enrolled import DATA_SET, Enrolled, authority_pem, enrol, roster_of
+from tests.deployments import Deployment, deployment, free_port, introduction, running
+
+__all__ = ["deployment", "running"]
+
+SECRET = b"correct horse battery staple"
+
+
+@pytest.fixture
+def here(base_model: str, tmp_path: Path) -> Enrolled:
+    return enrol(tmp_path, base_model)
+
+
+def lines(here: Enrolled, **changes: Any) -> dict[str, Line]:
+    return {line.name: line for line in check(Question(here.home, **{"network": False, **changes}))}
+
+
+def verdicts(found: dict[str, Line]) -> dict[str, str]:
+    return {name: line.verdict for name, line in found.items()}
+
+
+ALONE = (
+    *("versions", "keys", "policy", "control", "roster", "bundle", "data file", "base model", "device", "disk"),
+    *("egress log", "data notes", "tokens notes", "training notes", "evaluation notes"),
+)
+
+
+def test_all_is_well(here: Enrolled, base_model: str) -> None:
+    found = lines(here)
+    assert verdicts(found) == dict.fromkeys(ALONE, OK)
+    records = found["data notes"].numbers
+    assert sum(records["records"].values()) == records["persons"] == 60
+    assert all(records["records"].values())
+    assert found["tokens notes"].numbers["tokens"]["records"] == 60
+    assert found["training notes"].numbers["loss"] > 0
+    assert found["training notes"].numbers["peak_bytes"] > 1 << 20
+    assert found["evaluation notes"].numbers["perplexity"] > 1
+    assert bundle_digest() in found["bundle"].told
+
+
+def test_lines_are_told_as_they_come(here: Enrolled) -> None:
+    told: list[Line] = []
+    assert check(Question(here.home, network=False), told.append) == tuple(told)
+    assert [line.name for line in told] == list(ALONE)
+
+
+def test_nothing_is_left_behind_and_nothing_changed(here: Enrolled) -> None:
+    def files() -> dict[str, tuple[int, bytes]]:
+        return {
+            str(file.relative_to(here.home.root)): (file.stat().st_mtime_ns, file.read_bytes())
+            for file in sorted(here.home.root.rglob("*"))
+            if file.is_file()
+        }
+
+    before = files()
+    lines(here)
+    assert files() == before
+
+
+# --- What can be wrong ------------------------------------------------------------------------------------------------
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def other_authority(here: Enrolled, made: datetime) -> None:
+    authority = authority_pem(ec.generate_private_key(ec.SECP384R1()), made)
+    card = trust.pinned(here.home).cards["alder"]
+    roster = roster_of(here.coordinator, card, authority, Address("coordinator.example.org", 9443), serial=2)
+    trust.pin(here.home, roster, here.keys, datetime.now(UTC))
+
+
+def tampered_log(here: Enrolled) -> None:
+    log = EgressLog(here.home.egress, here.keys.identity)
+    log.record("Contribution", Payload(10, "0" * 64), run="night")
+    (file,) = here.home.egress.glob("egress-*.jsonl")
+    edit(file, '"bytes":10', '"bytes":11')
+
+
+WRONG: dict[str, tuple[Callable[[Enrolled], object], str, int, str]] = {
+    "no key": (lambda here: here.home.identity_key.unlink(), "keys", 5, "identity.pem"),
+    "a key that others can read": (lambda here: here.home.node_key.chmod(0o644), "keys", 2, "chmod 600"),
+    "a home that others can enter": (lambda here: here.home.root.chmod(0o755), "keys", 2, "chmod 700"),
+    "no policy": (lambda here: here.home.policy.unlink(), "policy", 2, "silotune-client init"),
+    "a word too many": (
+        lambda here: edit(here.home.policy, "largest_rank", "biggest_rank"), "policy", 2, "biggest_rank",
+    ),
+    "no roster": (lambda here: here.home.roster.unlink(), "roster", 2, "silotune-client trust ROSTER"),
+    "a roster that was changed": (
+        lambda here: edit(here.home.roster, "coordinator.example.org", "other.example.org"), "roster", 2, "signature",
+    ),
+    "an authority that has expired": (
+        lambda here: other_authority(here, datetime.now(UTC) - timedelta(days=3651)), "roster", 2, "a new authority",
+    ),
+    "another bundle": (lambda here: edit(here.home.policy, bundle_digest(), "ab" * 32), "bundle", 2, bundle_digest()),
+    "no data file": (lambda here: here.home.data.unlink(), "data file", 2, "data.yaml"),
+    "another base model": (
+        lambda here: edit(here.home.policy, "base_models: [", f'base_models: ["{"ab" * 32}"]  # ['), "base model", 2,
+        "list it if it is the one that was agreed on",
+    ),
+    "no base model": (
+        lambda here: here.home.data.write_text(here.home.data.read_text().replace("  model: ", "  model: /nowhere  #")),
+        "base model", 4, "/nowhere",
+    ),
+    "weights kept as this machine cannot": (
+        lambda here: edit(here.home.data, "weights: full", "weights: 8bit"), "device", 4, "needs a CUDA device",
+    ),
+    "a shelf that others can enter": (
+        lambda here: (here.home.adapters.mkdir(), here.home.adapters.chmod(0o755)), "disk", 2, "chmod 700",
+    ),
+    "a log that was changed": (tampered_log, "egress log", 5, "silotune-client log verify"),
+    "no records": (lambda here: here.records.unlink(), "data notes", 3, "found none"),
+    "a record that is none": (
+        lambda here: here.records.write_text(here.records.read_text() + "{}\n"), "data notes", 3, "records.jsonl:61",
+    ),
+    "too few persons": (
+        lambda here: write_jsonl(here.records, make_records(2, "alder")), "data notes", 3, "persons enough",
+    ),
+}  # fmt: skip
+
+
+def silotune(here: Enrolled, *arguments: object, **more: Any) -> Result:
+    said = ["check", "--home", str(here.home.root), *(str(argument) for argument in arguments)]
+    return CliRunner().invoke(client.main.app, said, **more)
+
+
+@pytest.mark.parametrize(("spoil", "name", "code", "told"), WRONG.values(), ids=list(WRONG))
+def test_what_is_wrong_shows_in_its_line_and_in_the_exit_code(
+    here: Enrolled, spoil: Callable[[Enrolled], object], name: str, code: int, told: str
+) -> None:
+    spoil(here)
+    result = silotune(here, "--offline", "--json")
+    assert result.exit_code == code, result.output
+    found = json.loads(result.stdout)
+    by_name = {line["name"]: line for line in found["checks"]}
+    assert not found["ready"]
+    assert found["failed"][0] == name
+    assert told in by_name[name]["told"]
+    assert "Traceback" not in result.output
+    # What does not need it is looked at all the same.
+    assert by_name["versions"]["verdict"] == OK
+    assert by_name["egress log"]["verdict"] == (FAIL if name == "egress log" else OK)
+
+
+def test_what_needs_what_failed_is_passed_over(here: Enrolled) -> None:
+    here.records.unlink()
+    here.home.roster.unlink()
+    found = lines(here)
+    assert [name for name, line in found.items() if line.verdict == FAIL] == ["roster", "data notes"]
+    assert [name for name, line in found.items() if line.verdict == SKIPPED] == [
+        *("bundle", "tokens notes", "training notes", "evaluation notes"),
+    ]
+    assert "needs: roster" in found["bundle"].told
+
+
+TO_MIND: dict[str, tuple[Callable[[Enrolled], object], str, str]] = {
+    "in the clear": (lambda here: edit(here.home.policy, "required: true", "required: false"), "policy", "is off"),
+    "no base model": (lambda here: edit(here.home.policy, "base_models: [", "base_models: [] #"), "policy", "is empty"),
+    "pausing": (lambda here: Control(here.home.control).pause(), "control", "silotune-client resume"),
+    "waiting": (
+        lambda here: Control(here.home.control).ask("night-7", "ab" * 32, {"rank": 4}), "control", "night-7",
+    ),
+    "an authority that ends": (
+        lambda here: other_authority(here, datetime.now(UTC) - timedelta(days=3640)), "roster", "expires on",
+    ),
+    "more members wanted": (
+        lambda here: edit(here.home.policy, "smallest_cohort: 3", "smallest_cohort: 5"), "roster", "at least 5 members",
+    ),
+    "no file for a name": (
+        lambda here: edit(here.home.policy, 'data_sets: ["notes"]', 'data_sets: ["notes", "images"]'),
+        "data file", "allows images",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "name", "told"), TO_MIND.values(), ids=list(TO_MIND))
+def test_what_is_to_mind_shows_and_does_not_fail_by_itself(
+    here: Enrolled, spoil: Callable[[Enrolled], object], name: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert verdicts(lines(here))[name] == OK
+    spoil(here)
+    found = lines(here)[name]
+    assert found.verdict == WARN
+    assert told in found.told
+    assert told not in caplog.text  # once is enough
+
+
+def test_a_disk_that_is_nearly_full_is_told(here: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(here.home.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    assert lines(here)["disk"].verdict == WARN
+
+
+def test_a_disk_that_takes_nothing_is_told(here: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def full(path: Any, *arguments: Any, **more: Any) -> int:
+        if str(path).endswith(".partial"):
+            raise OSError(28, "No space left on device")
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", full)
+    found = lines(here)["disk"]
+    assert (found.verdict, type(found.error).__name__) == (FAIL, "StorageError")
+
+
+def test_a_log_is_told_by_how_much_it_holds(here: Enrolled) -> None:
+    log = EgressLog(here.home.egress, here.keys.identity)
+    assert lines(here)["egress log"].told == "nothing has left yet"
+    log.record("Contribution", Payload(10, "0" * 64), run="night")
+    assert lines(here)["egress log"].numbers == {"entries": 1}
+
+
+def test_long_records_are_told(here: Enrolled) -> None:
+    assert "--max-tokens" in silotune(here, "--offline", "--max-tokens", 8).stdout
+    found = lines(here, max_tokens=8)
+    assert found["tokens notes"].verdict == WARN
+    assert found["tokens notes"].numbers["tokens"]["lost"] > 0
+    assert found["training notes"].verdict == OK
+
+
+# --- Which data sets are opened ---------------------------------------------------------------------------------------
+
+
+def second(here: Enrolled, allowed: bool) -> Path:
+    """Gives the institution a second data set."""
+    file = here.records.with_name("second.jsonl")
+    write_jsonl(file, make_records(50, "second", marker="zebra"))
+    edit(here.home.data, "data_sets:\n", f"data_sets:\n  second:\n    path: {json.dumps(str(file))}\n")
+    if allowed:
+        edit(here.home.policy, f'data_sets: ["{DATA_SET}"]', f'data_sets: ["{DATA_SET}", "second"]')
+    return file
+
+
+def test_what_the_policy_does_not_allow_is_never_opened(here: Enrolled) -> None:
+    file = second(here, allowed=False)
+    file.write_text("no record at all")
+    found = lines(here)
+    assert set(verdicts(found).values()) == {OK}
+    assert "never opened: second" in found["data file"].told
+    asked = lines(here, data_set="second")["data second"]
+    assert (asked.verdict, type(asked.error).__name__) == (FAIL, "ConfigError")
+    assert "not opened" in asked.told
+
+
+def test_all_allowed_ones_are_tried_or_the_one_that_is_named(here: Enrolled) -> None:
+    second(here, allowed=True)
+    assert set(verdicts(lines(here)).values()) == {OK}
+    assert [name for name in lines(here) if "second" in name] == [
+        *("data second", "tokens second", "training second", "evaluation second"),
+    ]
+    assert not [name for name in lines(here, data_set="second") if DATA_SET in name]
+
+
+def test_a_name_without_a_file_is_told(here: Enrolled) -> None:
+    edit(here.home.policy, f'data_sets: ["{DATA_SET}"]', f'data_sets: ["{DATA_SET}", "images"]')
+    assert "expected a file for data set images" in lines(here)["data images"].told
+
+
+def test_records_are_not_shown(base_model: str, tmp_path: Path) -> None:
+    here = enrol(tmp_path, base_model, make_records(60, "alder", marker="zebra"))
+    for arguments in (("--offline",), ("--offline", "--json"), ("--offline", "--max-tokens", "8")):
+        assert "zebra" not in silotune(here, *arguments).output
+
+
+# --- Keys with a passphrase -------------------------------------------------------------------------------------------
+
+
+def test_a_passphrase_opens_the_keys_and_is_shown_nowhere(base_model: str, tmp_path: Path) -> None:
+    here = enrol(tmp_path, base_model, passphrase=SECRET)
+    assert lines(here)["keys"].verdict == FAIL
+    assert lines(here, passphrase=SECRET)["keys"].verdict == OK
+    assert SECRET.decode() not in repr(Question(here.home, SECRET))
+    file = tmp_path / "secret"
+    file.write_bytes(SECRET)
+    file.chmod(0o600)
+    with file.open() as handle:
+        os.set_inheritable(handle.fileno(), True)
+        result = silotune(here, "--offline", "--passphrase-fd", handle.fileno())
+    assert result.exit_code == 0, result.output
+    assert SECRET.decode() not in result.output
+
+
+# --- The trial step ---------------------------------------------------------------------------------------------------
+
+
+def parts(model: LoraModel, count: int = 9) -> dict[str, Tokenised]:
+    found = examples_of(make_records(count, "parts"), model.tokenizer, TrainConfig(max_tokens=48))
+    return {"train": found, "validation": found}
+
+
+def test_the_trial_takes_the_longest_records_and_leaves_the_model_as_it_was(lora_model: LoraModel) -> None:
+    before = lora_model.read().digest()
+    found = trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine())
+    lengths = sorted((len(one.ids) for one in tokenised(make_records(9, "parts"), lora_model)), reverse=True)
+    assert f"the 4 longest records, {sum(lengths[:4])} tokens" in found.told
+    assert lora_model.read().digest() == before
+
+
+def test_a_trial_without_numbers_fails(lora_model: LoraModel) -> None:
+    base = lora_model.peft.get_base_model().model.embed_tokens.weight
+    before = base.detach().clone()
+    with torch.no_grad():
+        base.fill_(float("nan"))
+    try:
+        with pytest.raises(ModelError, match="a loss that is a finite number"):
+            trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine())
+        with pytest.raises(ModelError, match="a perplexity that is a finite number"):
+            trial.evaluation(lora_model, parts(lora_model))
+    finally:
+        with torch.no_grad():
+            base.copy_(before)
+
+
+def test_a_trial_that_does_not_fit_fails(lora_model: LoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", full)
+    with pytest.raises(ModelError, match=r"lower machine\.row_tokens"):
+        trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine())
+
+
+def test_weights_that_are_more_than_the_memory_are_not_loaded(base_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 10 if name == "SC_PHYS_PAGES" else real(name))
+    with pytest.raises(ModelError, match=r"expected a base model that the memory holds \(41 kB\)"):
+        trial.device(Machine(base_model, device="cpu"), InstitutionPolicy())
+
+
+def test_little_memory_left_is_to_mind(lora_model: LoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 10 if name == "SC_PHYS_PAGES" else real(name))
+    found = trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine(device="cpu"))
+    assert any("lower machine.row_tokens" in warning for warning in found.warnings)
+
+
+# --- With the network -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def member(deployment: Deployment, base_model: str, tmp_path: Path) -> Iterator[Enrolled]:
+    """An institution whose roster names a real coordinator, behind a certificate of the roster's authority."""
+    now = datetime.now(UTC)
+    authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    authority = authority_certificate(authority_key, "oncology", now)
+    certificate, private = tmp_path / "door.crt", tmp_path / "door.key"
+    certificate.write_bytes(
+        server_certificate(authority, authority_key, key.public_key(), ["localhost"], now).public_bytes(Encoding.PEM)
+    )
+    private.write_bytes(
+        key.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    port, stop, ready = free_port(), threading.Event(), threading.Event()
+    front = threading.Thread(
+        target=serve_front,
+        args=("127.0.0.1", port, certificate, private, deployment.endpoint.address, deployment.endpoint.root, stop),
+        kwargs={"on_ready": ready.set},
+    )
+    front.start()
+    try:
+        assert ready.wait(10)
+        pem = authority.public_bytes(Encoding.PEM).decode()
+        yield enrol(tmp_path, base_model, authority=pem, address=Address("localhost", port))
+    finally:
+        stop.set()
+        front.join(10)
+
+
+NETWORK = ("name", "connection", "certificate", "enrolment", "clock")
+
+
+def test_a_member_reaches_its_coordinator(deployment: Deployment, member: Enrolled) -> None:
+    unknown = lines(member, network=True)
+    assert verdicts(unknown) == {**dict.fromkeys((*ALONE, *NETWORK[:3]), OK), "enrolment": FAIL}
+    assert "expected the coordinator to know this node's key" in unknown["enrolment"].told
+    assert silotune(member).exit_code == 1
+    with Operator(deployment.endpoint) as operator:
+        operator.register("alder", member.keys.node.public_key())
+    assert verdicts(lines(member, network=True)) == dict.fromkeys((*ALONE, *NETWORK), OK)
+    result = silotune(member)
+    assert result.exit_code == 0
+    assert "ready: 0 failed" in result.stdout
+    with deployment.node(introduction("alder"), deployment.connection(member.keys.node)) as events:
+        events.wait("connected")
+        assert verdicts(lines(member, network=True))["enrolment"] == OK
+
+
+def test_a_coordinator_with_another_authority_is_not_trusted(deployment: Deployment, member: Enrolled) -> None:
+    address = trust.pinned(member.home).address
+    card = trust.pinned(member.home).cards["alder"]
+    other = authority_pem(ec.generate_private_key(ec.SECP384R1()))
+    trust.pin(
+        member.home, roster_of(member.coordinator, card, other, address, serial=2), member.keys, datetime.now(UTC)
+    )
+    found = lines(member, network=True)
+    assert found["certificate"].verdict == FAIL
+    assert "found one of another" in found["certificate"].told
+    assert "enrolment" not in found
+
+
+def test_offline_nothing_is_sent(here: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    assert silotune(here, "--offline").exit_code == 0
+
+
+def test_without_a_roster_the_coordinator_is_not_looked_for(here: Enrolled) -> None:
+    here.home.roster.unlink()
+    assert verdicts(lines(here, network=True))["coordinator"] == SKIPPED

@@ -1,0 +1,722 @@
+"""The privacy ledger: nothing is spent beyond a budget, and nothing that was spent is ever free again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client import chain
+from client.chain import HEAD
+from client.chain_audit import ADDED, ALTERED, HEAD_WRONG, REMOVED, verify
+from client.egress import EgressLog, Payload
+from client.egress import open_copy as open_egress
+from client.ledger import (
+    BUDGET,
+    BUDGET_EXHAUSTED,
+    NO_BUDGET,
+    SPENT,
+    Budgets,
+    BudgetSet,
+    CutOff,
+    Entry,
+    Ledger,
+    Spend,
+    Spent,
+    export,
+    open_copy,
+    read_entry,
+    spent_by,
+)
+from client.policy_file import Budget, InstitutionPolicy, Population
+from common.errors import ConfigError, Refusal, StorageError
+from common.privacy.accounting import Event, epsilon, times_left
+from common.secagg.identity import Identity
+
+ALDER = Identity("alder", Ed25519PrivateKey.from_private_bytes(b"a" * 32))
+BIRCH = Identity("birch", Ed25519PrivateKey.from_private_bytes(b"b" * 32))
+NOON = datetime(2030, 1, 31, 12, tzinfo=UTC)
+FILE = "ledger-000000000001.jsonl"
+
+BUDGET_OF = Budget(("notes", "letters"), ("record", "patient"), 3.0, 1e-5)
+CLINIC = Population("clinic", ("notes", "letters"), ("record", "patient"), 3.0, 1e-5)
+ROUND = Spend("gaussian", 2.0, 0.1, 10, "patient", "run-1", 1, 1, "notes")
+WHOLE = Spend("gaussian", 10.0, 1.0, 1, "record", "run-1", 1, 1, "notes")
+"""Without sampling, so that its bound is quick to compute."""
+
+FORK = multiprocessing.get_context("fork")  # a process of its own that need not import everything anew
+
+
+def ledger_in(directory: Path, identity: Identity = ALDER, largest: int = 1 << 20) -> Ledger:
+    """As a daemon that has just started has it."""
+    return Ledger(directory, identity, lambda: NOON, largest)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The directory of a ledger that was begun."""
+    ledger_in(tmp_path / "ledger").begin()
+    return tmp_path / "ledger"
+
+
+def spent_in(place: Path, population: Population = CLINIC) -> tuple[Spent, ...]:
+    return spent_by(ledger_in(place).entries(), population)
+
+
+def whole(place: Path, entries: int) -> bool:
+    found = verify(open_copy(place), ALDER.public)
+    return (found.finding, found.entries, found.cut_off, found.ahead) == (None, entries, 0, False)
+
+
+def refused(ledger: Ledger, population: Population, spend: Spend) -> bool:
+    try:
+        ledger.spend(population, spend)
+    except Refusal as refusal:
+        if refusal.reason == BUDGET_EXHAUSTED:
+            return True
+        raise
+    return False
+
+
+# --- What is written
+
+
+def test_a_spend_is_an_entry_that_says_what_it_cost_and_whose_it_is(place: Path) -> None:
+    ledger = ledger_in(place)
+    receipt = ledger.spend(CLINIC, ROUND)
+    budget, entry = ledger.entries()
+    assert entry == receipt.entry
+    assert isinstance(budget, BudgetSet)
+    assert budget.terms == (BUDGET, "clinic", "notes,letters", 3.0, 1e-5)
+    told = json.loads((place / FILE).read_bytes().splitlines()[1])
+    assert told == {
+        "number": 2,
+        "time": "2030-01-31T12:00:00.000Z",
+        "kind": SPENT,
+        "population": "clinic",
+        "data_set": "notes",
+        "run": "run-1",
+        "round": 1,
+        "attempt": 1,
+        "unit": "patient",
+        "mechanism": "gaussian",
+        "sigma": 2.0,
+        "q": 0.1,
+        "steps": 10,
+        "previous": budget.hash,
+        "hash": receipt.entry.hash,
+        "signature": receipt.entry.signature,
+    }
+    assert receipt.entry.event == Event("gaussian", 2.0, 0.1, 10)
+    assert receipt.added > 0
+    assert ledger.spend(CLINIC, ROUND).entry.number == 3  # the budget is the same, and no entry
+    assert whole(place, 3)
+
+
+def test_a_spend_is_made_of_an_event_and_a_mode() -> None:
+    event = Event("gaussian", 2, 1, 3)
+    for mode, unit in {
+        "record": "record",
+        "patient": "patient",
+        "institution": "institution",
+        "distributed": "record",
+    }.items():
+        made = Spend.of(event, mode, "run", 2, 7, "notes")
+        assert made == Spend("gaussian", 2.0, 1.0, 3, unit, "run", 2, 7, "notes")
+        assert (type(made.sigma), type(made.q), made.event) == (float, float, event)
+    with pytest.raises(ConfigError, match="unit"):
+        Spend.of(event, "none", "run", 1, 1, "notes")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sigma": float("nan")},
+        {"sigma": float("inf")},
+        {"sigma": -1.0},
+        {"sigma": 0.0},
+        {"sigma": 1e-9},
+        {"q": float("nan")},
+        {"q": 0.0},
+        {"q": -0.1},
+        {"q": 1.1},
+        {"steps": 0},
+        {"steps": -1},
+        {"steps": 1.0},
+        {"steps": True},
+        {"round": -1},
+        {"attempt": -1},
+        {"mechanism": "laplace"},
+        {"unit": "person"},
+        {"data_set": ""},
+    ],
+)
+def test_what_no_event_can_be_is_no_spend(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        replace(ROUND, **wrong)
+
+
+def test_a_data_set_of_another_population_is_a_mistake_and_not_written(place: Path) -> None:
+    for ask in (ledger_in(place).spend, ledger_in(place).would_exceed):
+        with pytest.raises(ValueError, match="data set of population clinic"):
+            ask(CLINIC, replace(ROUND, data_set="scans"))
+    assert spent_in(place) == ()
+
+
+def test_entry_and_head_are_synced_before_anything_may_leave(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, ROUND)
+    synced: list[tuple[str, bytes]] = []
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        synced.append((path.name, path.read_bytes() if path.is_file() else b""))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    ledger.spend(CLINIC, ROUND)
+    assert synced == [
+        (FILE, (place / FILE).read_bytes()),
+        (f".{HEAD}.partial", (place / HEAD).read_bytes()),
+        ("ledger", b""),
+    ]
+
+
+def test_what_cannot_be_kept_is_not_spent(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, ROUND)
+
+    def full(*_: Any) -> None:
+        raise StorageError("no space left")
+
+    for name in ("append_line", "write_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(chain, name, full)
+            with pytest.raises(StorageError, match="no space left"):
+                ledger.spend(CLINIC, ROUND)
+    assert ledger.spend(CLINIC, ROUND).entry.round == 1
+    # The entry whose head could not be written counts, since nobody knows whether anything left.
+    assert len(spent_in(place)) == 3
+
+
+# --- The budget
+
+
+def test_the_round_that_would_exceed_the_budget_is_refused_and_the_one_before_is_not(place: Path) -> None:
+    fits = times_left([], ROUND.event, CLINIC.epsilon, CLINIC.delta)
+    assert fits > 3
+    ledger = ledger_in(place)
+    for number in range(1, fits + 1):
+        spend = replace(ROUND, round=number)
+        assert ledger.would_exceed(CLINIC, spend) is None
+        ledger.spend(CLINIC, spend)
+    before = (place / FILE).read_bytes()
+    late = replace(ROUND, round=fits + 1)
+    with pytest.raises(Refusal) as caught:
+        ledger.spend(CLINIC, late)
+    assert caught.value.reason == BUDGET_EXHAUSTED
+    spent = epsilon([entry.event for entry in spent_in(place)], CLINIC.delta)
+    assert spent == epsilon([replace(ROUND.event, steps=10 * fits)], CLINIC.delta)
+    assert spent.bound <= CLINIC.epsilon
+    assert epsilon([replace(ROUND.event, steps=10 * (fits + 1))], CLINIC.delta).bound > CLINIC.epsilon
+    for told in (
+        "budget is epsilon 3 at delta 1e-05",
+        f"{spent.bound:.4g} of it is spent",
+        f"{3 - spent.bound:.4g} left",
+    ):
+        assert told in caught.value.detail
+    assert caught.value.parts == ()
+    asked = ledger.would_exceed(CLINIC, late)
+    assert asked is not None
+    assert str(asked) == str(caught.value)
+    assert (place / FILE).read_bytes() == before
+    # Something smaller may still fit.
+    assert not refused(ledger, CLINIC, replace(ROUND, sigma=1000.0))
+
+
+def test_a_bound_by_renyi_divergences_alone_would_refuse_too_early(place: Path) -> None:
+    """So the last rounds are those that only the tighter bound lets pass."""
+    fits = times_left([], ROUND.event, CLINIC.epsilon, CLINIC.delta)
+    assert epsilon([replace(ROUND.event, steps=10 * fits)], CLINIC.delta).rdp > CLINIC.epsilon
+    all_but_one = replace(ROUND, steps=10 * (fits - 1))
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, all_but_one)
+    ledger.spend(CLINIC, ROUND)
+    assert refused(ledger, CLINIC, ROUND)
+
+
+def test_a_round_asks_by_data_set_and_mode(place: Path) -> None:
+    budgets = Budgets(
+        ledger_in(place), InstitutionPolicy(data_sets=("notes",), populations={"clinic": BUDGET_OF}).population_of
+    )
+    event = replace(WHOLE.event, sigma=1.7)
+    budgets.require("notes", "record", event)
+    receipt = budgets.spend("notes", "record", event, "run-1", 4, 2)
+    entry = receipt.entry
+    assert (entry.population, entry.unit, entry.run, entry.round, entry.attempt) == ("clinic", "record", "run-1", 4, 2)
+    assert entry.event == event
+    for ask in (
+        lambda: budgets.require("notes", "record", event),
+        lambda: budgets.spend("notes", "record", event, "r", 5, 1),
+    ):
+        with pytest.raises(Refusal) as caught:
+            ask()
+        assert caught.value.reason == BUDGET_EXHAUSTED
+    budgets.spend("scans", "institution", event, "run-1", 4, 2)
+    assert [entry.population for entry in spent_in(place, Population("all", ("notes", "scans")))] == ["clinic", "scans"]
+
+
+FRESH: dict[str, tuple[Population, dict[str, Any]]] = {
+    "another round": (CLINIC, {"round": 9}),
+    "another attempt": (CLINIC, {"attempt": 9}),
+    "another run": (CLINIC, {"run": "run-2"}),
+    "another unit": (CLINIC, {"unit": "record"}),
+    "another data set of the population": (CLINIC, {"data_set": "letters"}),
+    "another name of the population": (replace(CLINIC, name="ward"), {}),
+    "a data set that joined it": (replace(CLINIC, data_sets=("scans",)), {"data_set": "scans"}),
+    "a data set that left it": (Population("ward", ("notes",), ("record",), 3.0, 1e-5), {}),
+}
+
+
+@pytest.mark.parametrize(("population", "changes"), FRESH.values(), ids=FRESH)
+def test_nothing_opens_a_fresh_budget(population: Population, changes: dict[str, Any], place: Path) -> None:
+    ledger_in(place).spend(CLINIC, replace(WHOLE, sigma=1.7))
+    assert refused(ledger_in(place), population, replace(WHOLE, sigma=1.7, **changes))
+    assert len(spent_in(place)) == 1
+
+
+def test_populations_that_share_no_data_have_budgets_of_their_own(place: Path) -> None:
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, replace(WHOLE, sigma=1.7))
+    ward = replace(CLINIC, name="ward", data_sets=("scans",))
+    assert not refused(ledger, ward, replace(WHOLE, sigma=1.7, data_set="scans"))
+
+
+def test_what_was_spent_without_a_budget_counts_when_there_is_one(place: Path) -> None:
+    alone = Population("notes", ("notes",))
+    ledger_in(place).spend(alone, replace(WHOLE, sigma=1.7))
+    assert refused(ledger_in(place), CLINIC, replace(WHOLE, sigma=1.7))
+
+
+def test_a_smaller_delta_is_a_smaller_budget(place: Path) -> None:
+    spend = replace(WHOLE, sigma=1.5)
+    limit = epsilon([spend.event], 1e-5).bound
+    strict, exact = (replace(CLINIC, epsilon=limit, delta=delta) for delta in (1e-6, 1e-5))
+    assert refused(ledger_in(place), strict, spend)
+    assert not refused(ledger_in(place), exact, spend)
+
+
+def test_a_policy_that_was_changed_takes_effect_and_the_change_is_an_entry(place: Path) -> None:
+    spend = replace(WHOLE, sigma=1.7)
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, spend)
+    assert refused(ledger, CLINIC, spend)
+    larger = replace(CLINIC, epsilon=9.0)
+    ledger.spend(larger, spend)
+    smaller = replace(CLINIC, delta=1e-6)
+    assert refused(ledger, smaller, spend)
+    assert refused(ledger, smaller, spend)
+    ledger.spend(replace(larger, data_sets=("notes",)), replace(spend, sigma=50.0))
+    unlimited = Population("clinic", ("notes",))
+    ledger.spend(unlimited, spend)
+    budgets = [entry.terms for entry in ledger.entries() if isinstance(entry, BudgetSet)]
+    assert budgets == [
+        (BUDGET, "clinic", "notes,letters", 3.0, 1e-5),
+        (BUDGET, "clinic", "notes,letters", 9.0, 1e-5),
+        (BUDGET, "clinic", "notes,letters", 3.0, 1e-6),
+        (BUDGET, "clinic", "notes", 9.0, 1e-5),
+        (NO_BUDGET, "clinic", "notes", 0.0, 1e-5),
+    ]
+    assert whole(place, 5 + 4)
+
+
+def test_without_a_budget_nothing_is_refused_and_all_is_written_down(place: Path) -> None:
+    alone = Population("scans", ("scans",))
+    ledger = ledger_in(place)
+    dear = replace(WHOLE, sigma=0.01, steps=10**6, data_set="scans")
+    for _ in range(3):
+        assert ledger.would_exceed(alone, dear) is None
+        assert ledger.spend(alone, dear).added > 1e6
+    assert len(spent_in(place, alone)) == 3
+
+
+def test_mechanisms_compose_as_the_accountant_composes_them(place: Path) -> None:
+    spends = [
+        replace(WHOLE, mechanism="discrete-gaussian", sigma=4.0, q=0.2, steps=5),
+        replace(WHOLE, sigma=9.0, steps=2),
+        replace(WHOLE, mechanism="discrete-gaussian", sigma=6.0),
+    ]
+    events = [spend.event for spend in spends]
+    exact = replace(CLINIC, epsilon=epsilon(events, CLINIC.delta).bound)
+    ledger = ledger_in(place)
+    for spend in spends:
+        ledger.spend(exact, spend)
+    found = [entry.event for entry in spent_in(place)]
+    assert epsilon(found, CLINIC.delta) == epsilon(events, CLINIC.delta)
+    assert refused(ledger, exact, replace(WHOLE, sigma=100.0))
+
+
+SPENDS = st.builds(
+    replace,
+    st.just(WHOLE),
+    mechanism=st.sampled_from(["gaussian", "discrete-gaussian"]),
+    sigma=st.sampled_from([1.0, 2.0, 3.5, 5.0, 20.0]),
+    steps=st.integers(1, 5),
+    run=st.sampled_from(["run-1", "run-2"]),
+    data_set=st.sampled_from(["notes", "letters"]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(spends=st.lists(st.tuples(st.booleans(), st.booleans(), SPENDS), max_size=12), limit=st.floats(0.3, 8.0))
+def test_two_that_take_turns_and_restart_never_overspend(spends: list[tuple[bool, bool, Spend]], limit: float) -> None:
+    """And what is refused would have exceeded the budget."""
+    population = replace(CLINIC, epsilon=limit)
+    with TemporaryDirectory() as name:
+        place = Path(name) / "ledger"
+        both = [ledger_in(place, largest=700), ledger_in(place)]
+        both[0].begin()
+        past: list[Event] = []
+        for second, restarts, spend in spends:
+            if restarts:
+                both[second] = ledger_in(place)
+            exceeds = epsilon([*past, spend.event], population.delta).bound > limit
+            assert (both[second].would_exceed(population, spend) is not None) == exceeds
+            assert refused(both[second], population, spend) == exceeds
+            past += [] if exceeds else [spend.event]
+        assert [entry.event for entry in spent_in(place, population)] == past
+        assert verify(open_copy(place), ALDER.public).finding is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(spends=st.lists(SPENDS, min_size=1, max_size=6))
+def test_what_spends_add_adds_up_to_what_is_spent(spends: list[Spend]) -> None:
+    with TemporaryDirectory() as name:
+        ledger = ledger_in(Path(name) / "ledger")
+        ledger.begin()
+        alone = replace(CLINIC, epsilon=1e9)
+        added = [ledger.spend(alone, spend).added for spend in spends]
+    total = epsilon([replace(spend.event, mechanism="discrete-gaussian") for spend in spends], CLINIC.delta).bound
+    assert all(part >= 0 for part in added)
+    assert sum(added) == pytest.approx(total, rel=1e-9)
+
+
+# --- Many at once
+
+
+def _spend_all(place: Path, population: Population, start: Any) -> None:
+    """In a process of its own: until the budget is used up."""
+    ledger = ledger_in(place)
+    start.wait()
+    number = 0
+    while not refused(ledger, population, replace(WHOLE, sigma=20.0, round=number, run=f"run-{os.getpid()}")):
+        number += 1
+
+
+def test_processes_that_spend_at_once_spend_no_more_than_the_budget(place: Path) -> None:
+    population = replace(CLINIC, epsilon=1.2)
+    fits = times_left([], replace(WHOLE, sigma=20.0).event, 1.2, CLINIC.delta)
+    assert fits > 10
+    start = FORK.Barrier(2)
+    both = [FORK.Process(target=_spend_all, args=(place, population, start)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(spent_in(place)) == fits
+    assert whole(place, fits + 1)
+
+
+def test_threads_that_share_a_ledger_spend_no_more_than_the_budget(place: Path) -> None:
+    population = replace(CLINIC, epsilon=1.0)
+    fits = times_left([], replace(WHOLE, sigma=20.0).event, 1.0, CLINIC.delta)
+    shared, failures = ledger_in(place), []
+
+    def work() -> None:
+        try:
+            while not refused(shared, population, replace(WHOLE, sigma=20.0)):
+                pass
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(spent_in(place)) == fits
+
+
+# --- Crashes
+
+
+def _die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_after(place: Path) -> None:
+    ledger_in(place).spend(CLINIC, ROUND)
+    _die()
+
+
+def _killed_before_the_head(place: Path) -> None:
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, replace(ROUND, sigma=1000.0))
+    chain.write_bytes = _die  # type: ignore[assignment]
+    ledger.spend(CLINIC, ROUND)
+
+
+def _killed_in_mid_line(place: Path) -> None:
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, replace(ROUND, sigma=1000.0))
+
+    def half(path: Path, line: str) -> None:
+        with path.open("a") as handle:
+            handle.write(line[:100])
+        _die()
+
+    chain.append_line = half
+    ledger.spend(CLINIC, ROUND)
+
+
+@pytest.mark.parametrize(
+    ("crash", "spent"), [(_killed_after, 1), (_killed_before_the_head, 1), (_killed_in_mid_line, 0)]
+)
+def test_a_process_that_is_killed_before_it_sends_has_spent_what_is_written(
+    crash: Callable[[Path], None], spent: int, place: Path
+) -> None:
+    process = FORK.Process(target=crash, args=(place,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert verify(open_copy(place), ALDER.public).finding is None
+    budget = replace(CLINIC, epsilon=epsilon([replace(ROUND.event, steps=10 * (1 + spent))], CLINIC.delta).bound + 0.05)
+    ledger = ledger_in(place)
+    assert not refused(ledger, budget, ROUND)
+    assert refused(ledger, budget, ROUND)
+    assert len([entry for entry in spent_in(place) if entry.sigma == ROUND.sigma]) == spent + 1
+    assert verify(open_copy(place), ALDER.public).finding is None
+    notes = [entry for entry in ledger_in(place).entries() if isinstance(entry, CutOff)]
+    assert len(notes) == (1 if crash is _killed_in_mid_line else 0)
+
+
+# --- A ledger that is not as it was left
+
+
+def _spend_three(place: Path, identity: Identity = ALDER, largest: int = 1 << 20) -> Ledger:
+    ledger = ledger_in(place, identity, largest)
+    for number in (1, 2, 3):
+        ledger.spend(CLINIC, replace(WHOLE, round=number))
+    return ledger
+
+
+def _without_the_last_line(file: Path) -> None:
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def _half_price(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"sigma":10.0', b'"sigma":20.0', 1))
+
+
+def _all_of_it(file: Path) -> None:
+    for path in file.parent.glob("*.json*"):
+        path.unlink()
+
+
+SPOILT: dict[str, Callable[[Path], None]] = {
+    "an entry altered": _half_price,
+    "the last entry removed": _without_the_last_line,
+    "its file removed": Path.unlink,
+    "its head removed": lambda file: (file.parent / HEAD).unlink(),
+    "all of it removed": _all_of_it,
+    "a line added": lambda file: file.write_bytes(file.read_bytes() + b"{}\n") and None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "restarted"),
+    # What is known already is not read again: an entry that is altered under a process is found at its next start.
+    [
+        (change, restarted)
+        for change in SPOILT.values()
+        for restarted in (True, False)
+        if restarted or change is not _half_price
+    ],
+)
+def test_with_a_ledger_that_was_tampered_with_nothing_may_be_spent(
+    change: Callable[[Path], None], restarted: bool, place: Path
+) -> None:
+    ledger = _spend_three(place)
+    ledger.entries()
+    change(place / FILE)
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    if restarted:
+        ledger = ledger_in(place)
+    for ask in (ledger.spend, ledger.would_exceed):
+        for population in (CLINIC, Population("notes", ("notes",))):
+            with pytest.raises(StorageError, match="nothing may be spent") as caught:
+                ask(population, WHOLE)
+            assert "silotune-client ledger verify" in str(caught.value)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+
+
+def test_a_ledger_that_is_put_back_is_noticed_by_whoever_knows_the_later_one(place: Path) -> None:
+    ledger = _spend_three(place)
+    earlier = {file.name: file.read_bytes() for file in place.iterdir()}
+    ledger.spend(CLINIC, WHOLE)
+    ledger.entries()
+    for name, content in earlier.items():
+        (place / name).write_bytes(content)
+    with pytest.raises(StorageError, match="it was put back"):
+        ledger.spend(CLINIC, WHOLE)
+    for number in (7, 8):  # and it went on otherwise, in a process that knew no better
+        ledger_in(place).spend(CLINIC, replace(WHOLE, round=number))
+    with pytest.raises(StorageError, match="not as it was written"):
+        ledger.spend(CLINIC, WHOLE)
+
+
+def test_nothing_is_spent_before_a_ledger_was_begun_and_beginning_mends_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "ledger"
+    with pytest.raises(StorageError, match=r"head\.json is missing; nothing may be spent"):
+        ledger_in(place).spend(CLINIC, WHOLE)
+    ledger_in(place).begin()
+    ledger = _spend_three(place)
+    assert ledger.begin().count == 4
+    assert len(spent_in(place)) == 3
+    (place / HEAD).unlink()
+    with pytest.raises(StorageError, match="nothing may be spent"):
+        ledger_in(place).begin()
+
+
+def test_a_ledger_of_another_identity_is_not_gone_on_with(place: Path) -> None:
+    _spend_three(place)
+    with pytest.raises(StorageError, match="signed by another identity"):
+        ledger_in(place, BIRCH).spend(CLINIC, WHOLE)
+
+
+def lines_of(place: Path) -> list[bytes]:
+    return (place / FILE).read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "number"),
+    [
+        (lambda lines: [lines[0], lines[1].replace(b'"steps":1', b'"steps":0'), *lines[2:]], ALTERED, 2),
+        (lambda lines: [lines[0].replace(b'"epsilon":3.0', b'"epsilon":9.0'), *lines[1:]], ALTERED, 1),
+        (lambda lines: [*lines[:2], *lines[3:]], REMOVED, 3),
+        (lambda lines: lines[:-1], REMOVED, 4),
+        (lambda lines: [*lines, lines[-1]], ADDED, 4),
+        (lambda lines: [*lines, b"{}\n"], ADDED, 5),
+    ],
+)
+def test_what_was_tampered_with_is_named(
+    change: Callable[[list[bytes]], list[bytes]], kind: str, number: int, place: Path
+) -> None:
+    _spend_three(place)
+    assert whole(place, 4)
+    changed = change(lines_of(place))
+    assert changed != lines_of(place)
+    (place / FILE).write_bytes(b"".join(changed))
+    found = verify(open_copy(place), ALDER.public).finding
+    assert found is not None
+    assert (found.kind, found.number) == (kind, number)
+
+
+def test_every_field_of_every_kind_of_entry_is_signed_and_has_one_type(place: Path) -> None:
+    _spend_three(place)
+    with (place / FILE).open("ab") as handle:
+        handle.write(b'{"number":5')
+    entries = ledger_in(place).entries()
+    assert {type(entry) for entry in entries} == {Spent, BudgetSet, CutOff}
+    for entry in entries:
+        raw = chain.line_of(entry)
+        assert read_entry(raw) == entry
+        told = entry.as_dict()
+        for name in set(told) - {"hash", "signature"}:
+            value = told[name]
+            changed = {**told, name: value + "x" if isinstance(value, str) else value + 1}
+            other: Any = str(value) if not isinstance(value, str) else 1
+            assert type(entry).from_dict(changed).statement() != entry.statement(), name
+            for wrong in ({**told, name: other}, {key: told[key] for key in told if key != name}, {**told, "more": 1}):
+                with pytest.raises(TypeError):
+                    type(entry).from_dict(wrong)
+                assert read_entry((json.dumps(wrong, separators=(",", ":")) + "\n").encode()) is None
+
+
+def test_an_entry_of_the_egress_log_is_none_of_the_ledger(place: Path, tmp_path: Path) -> None:
+    """Though the same key signs both."""
+    log = EgressLog(tmp_path / "egress", ALDER, clock=lambda: NOON)
+    log.record("Keys", Payload.of_bytes(b"x"))
+    (line,) = open_egress(tmp_path / "egress").lines()
+    assert read_entry(line.raw) is None
+    (place / FILE).write_bytes(line.raw)
+    (place / HEAD).write_bytes((tmp_path / "egress" / HEAD).read_bytes())
+    found = verify(open_copy(place), ALDER.public).finding
+    assert found is not None
+    with pytest.raises(StorageError, match="altered, or signed by another identity"):
+        ledger_in(place).entries()
+    ledger_in(tmp_path / "other").begin()
+    assert ledger_in(tmp_path / "other").begin().hash != log.mend().hash
+
+
+def test_an_export_is_verified_anywhere_and_shows_a_ledger_that_was_put_back(place: Path, tmp_path: Path) -> None:
+    earlier = {file.name: file.read_bytes() for file in place.iterdir()}
+    _spend_three(place)
+    file = tmp_path / "ledger.jsonl"
+    assert export(place, file) == 4
+    kept = verify(open_copy(file), ALDER.public)
+    assert (kept.finding, kept.entries) == (None, 4)
+    (place / FILE).unlink()
+    for name, content in earlier.items():
+        (place / name).write_bytes(content)
+    assert verify(open_copy(place), ALDER.public).entries == 0
+    file.write_bytes(file.read_bytes()[:-1])
+    found = verify(open_copy(file), ALDER.public).finding
+    assert found is not None
+    assert found.kind == HEAD_WRONG
+
+
+def test_rotation_keeps_the_account(place: Path) -> None:
+    _spend_three(place, largest=600)
+    assert len(list(place.glob("ledger-*.jsonl"))) == 4
+    kept = ledger_in(place, largest=600)
+    assert len(spent_by(kept.entries(), CLINIC)) == 3
+    kept.spend(CLINIC, WHOLE)
+    assert len(spent_by(kept.entries(), CLINIC)) == 4
+    assert whole(place, 5)
+
+
+def test_what_is_known_is_not_read_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every round would read all that were before."""
+    read: list[bytes] = []
+    original = chain.read_entry
+
+    def counted(form: Any, raw: bytes) -> Any:
+        read.append(raw)
+        return original(form, raw)
+
+    ledger = _spend_three(place)
+    monkeypatch.setattr(chain, "read_entry", counted)
+    ledger.entries()
+    assert read == lines_of(place)[-1:]
+    ledger.entries()
+    assert len(read) == 1
+    entry: Entry = ledger_in(place).entries()[-1]
+    assert chain.line_of(entry) == lines_of(place)[-1]
+    assert len(read) == 1 + 4

@@ -1,0 +1,197 @@
+"""`silotune-client ledger` as a person meets it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from client import keys
+from client.home import ClientHome
+from client.keys import Keys
+from client.ledger import Ledger, Spend
+from client.ledger_commands import ledger as commands
+from client.policy_file import read
+from common import cli
+from common.privacy.accounting import Event, epsilon
+
+app = cli.application("test")
+app.add_typer(commands, name="ledger")
+
+POLICY = """\
+data_sets: [notes, letters, scans]
+populations:
+  clinic: {data_sets: [notes, letters], modes: [patient], epsilon: 6.0, delta: 1.0e-5}
+"""
+STEP = Spend("gaussian", 8.0, 1.0, 2, "patient", "[b]first", 1, 1, "notes")
+FILE = "ledger-000000000001.jsonl"
+CONFIG = (
+    "deployment",
+    "data.name=notes",
+    "data.coordinator.path=here.jsonl",
+    "privacy.mode=patient",
+    "privacy.noise_multiplier=2",
+    "federation.weighting=uniform",
+    "lora.dropout=0",
+    "train.passes_per_round=1",
+    "federation.rounds=12",
+)
+
+
+def call(*arguments: object, said: str = "") -> Result:
+    return CliRunner().invoke(app, ["ledger", *map(str, arguments)], input=said)
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    shown = call(*arguments, "--json")
+    assert shown.exit_code == 0, shown.output
+    found: dict[str, Any] = json.loads(shown.stdout)
+    return found
+
+
+def words(result: Result) -> str:
+    return " ".join(result.output.split())
+
+
+@pytest.fixture
+def enrolled(tmp_path: Path) -> tuple[ClientHome, Keys]:
+    home = ClientHome.at(tmp_path / "home")
+    keys.init(home, "alder", None)
+    home.policy.write_text(POLICY)
+    return home, keys.load(home, None)
+
+
+@pytest.fixture
+def home(enrolled: tuple[ClientHome, Keys]) -> ClientHome:
+    """With a ledger in which three rounds were spent on notes, and one on scans."""
+    found, own = enrolled
+    ledger = Ledger(found.ledger, own.identity)
+    ledger.begin()
+    policy = read(found.policy)
+    for number in (1, 2, 3):
+        ledger.spend(policy.population_of("notes"), replace(STEP, round=number))
+    ledger.spend(policy.population_of("scans"), replace(STEP, data_set="scans", unit="record"))
+    return found
+
+
+# --- show
+
+
+def test_show_tells_what_is_spent_and_left(home: ClientHome) -> None:
+    found = told("show", "--home", home.root)
+    clinic, scans = found["populations"]
+    spent = epsilon([Event("gaussian", 8.0, 1.0, 6)], 1e-5)
+    bounds = {"epsilon": spent.bound, "prv": spent.prv, "rdp": spent.rdp}
+    assert (clinic["population"], clinic["data_sets"], clinic["budget"]) == ("clinic", ["notes", "letters"], 6.0)
+    assert (clinic["spent"], clinic["left"]) == (bounds, 6.0 - spent.bound)
+    assert clinic["runs"] == [{"run": "[b]first", "rounds": 3, "updates": 3, "steps": 6, **bounds}]
+    assert [point["round"] for point in clinic["over_rounds"]] == [1, 2, 3]
+    assert (scans["population"], scans["budget"], scans["left"], scans["units"]) == ("scans", None, None, ["record"])
+    assert found["unreadable"] == 0
+    shown = call("show", "--home", home.root)
+    assert shown.exit_code == 0
+    for text in (
+        f"epsilon {spent.bound:.4g} of 6, {6 - spent.bound:.4g} left",
+        "without limit",
+        "[b]first",
+        f"{spent.rdp:.4g}",
+    ):
+        assert text in words(shown)
+    assert len(told("show", "--points", 1, "--home", home.root)["populations"][0]["over_rounds"]) == 1
+
+
+def test_show_says_that_lines_are_no_entries(home: ClientHome) -> None:
+    with (home.ledger / FILE).open("ab") as handle:
+        handle.write(b"{}\n")
+    assert "1 lines are no entries; see `silotune-client ledger verify`" in words(call("show", "--home", home.root))
+    assert told("show", "--home", home.root)["unreadable"] == 1
+
+
+def test_without_a_ledger_it_says_so(enrolled: tuple[ClientHome, Keys], tmp_path: Path) -> None:
+    home, _ = enrolled
+    for command in (["show"], ["forecast", *CONFIG], ["verify"], ["export", tmp_path / "file"]):
+        shown = call(*command, "--home", home.root)
+        assert shown.exit_code == 5
+        assert str(home.ledger) in words(shown)
+
+
+# --- forecast
+
+
+def test_forecast_tells_how_many_rounds_still_fit(home: ClientHome) -> None:
+    found = told("forecast", *CONFIG, "--home", home.root)
+    assert (found["mode"], found["data_set"], found["rounds"]) == ("patient", "notes", 12)
+    clinic, scans = found["populations"]
+    assert clinic["round"] == {"mechanism": "gaussian", "sigma": 2.0, "q": 0.1, "steps": 10}
+    assert clinic["asked"]
+    left = clinic["rounds_left"]
+    past = Event("gaussian", 8.0, 1.0, 6)
+    costs = [epsilon([past, Event("gaussian", 2.0, 0.1, 10 * n)], 1e-5).bound for n in (left, left + 1)]
+    assert costs[0] <= 6.0 < costs[1]
+    assert clinic["fits"] == (left >= 12)
+    assert (scans["rounds_left"], scans["fits"]) == (None, True)
+    shown = call("forecast", *CONFIG, "--home", home.root)
+    assert f"{left} rounds of a budget of 6" in words(shown)
+    assert "10 steps at sampling rate 0.1 with noise multiplier 2" in words(shown)
+    long = told("forecast", *CONFIG, f"federation.rounds={left + 1}", "--home", home.root)
+    assert not long["populations"][0]["fits"]
+
+
+def test_forecast_says_what_is_refused(home: ClientHome) -> None:
+    clinic, scans = told("forecast", *CONFIG, "privacy.mode=record", "--home", home.root)["populations"]
+    assert (clinic["allowed"], clinic["fits"], clinic["rounds_left"]) == (False, False, 0)
+    assert scans["fits"]
+    shown = call("forecast", *CONFIG, "privacy.mode=none", "data.name=elsewhere", "--home", home.root)
+    for text in ("mode none; the policy allows patient", "protects nobody", "allows no data set elsewhere"):
+        assert text in words(shown)
+    wrong = call("forecast", *CONFIG, "privacy.sampling_rate=2", "--home", home.root)
+    assert wrong.exit_code == 2
+
+
+# --- verify and export
+
+
+def test_a_ledger_and_its_export_are_verified(home: ClientHome, tmp_path: Path) -> None:
+    found = told("verify", "--home", home.root)
+    assert (found["whole"], found["entries"], found["finding"]) == (True, 6, None)
+    assert "6 entries, all as they were written" in words(call("verify", "--home", home.root))
+    file = tmp_path / "ledger.jsonl"
+    assert told("export", file, "--home", home.root) == {"entries": 6, "file": str(file)}
+    away = tmp_path / "away"
+    assert told("verify", file, "--home", away, "--public-key", found["public_key"])["entries"] == 6
+    assert "proves nothing by itself" in words(call("verify", file, "--home", away))
+    assert not away.exists()
+    assert call("export", file, "--home", home.root).exit_code == 5
+
+
+def test_the_first_altered_entry_is_named_and_the_exit_code_is_5(home: ClientHome) -> None:
+    file = home.ledger / FILE
+    file.write_bytes(file.read_bytes().replace(b'"round":2', b'"round":3'))
+    shown = call("verify", "--home", home.root, "--json")
+    assert shown.exit_code == 5
+    assert json.loads(shown.stdout)["finding"]["entry"] == 3
+    assert f"{FILE}:3: entry 3 was altered" in shown.stderr
+    assert "the 2 entries before are whole" in shown.stderr
+
+
+# --- begin
+
+
+def test_a_ledger_is_begun_after_a_yes_and_never_over_one(enrolled: tuple[ClientHome, Keys]) -> None:
+    home, own = enrolled
+    assert call("begin", "--home", home.root, said="n\n").exit_code == 2
+    assert not (home.ledger / "head.json").exists()
+    assert call("begin", "--home", home.root, said="y\n").exit_code == 0
+    Ledger(home.ledger, own.identity).spend(read(home.policy).population_of("notes"), STEP)
+    assert told("begin", "--home", home.root) == {"entries": 2, "directory": str(home.ledger)}
+
+
+def test_of_a_ledger_that_was_lost_in_part_none_is_begun(home: ClientHome) -> None:
+    (home.ledger / "head.json").unlink()
+    shown = call("begin", "--yes", "--home", home.root)
+    assert shown.exit_code == 5
+    assert "restore it from a copy" in words(shown)

@@ -1,0 +1,56 @@
+"""What a summary says of seconds, absences and secure aggregation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common import config_files
+from common.adapter import Adapter
+from server import summary
+from server.rounds import Progress, RoundRecord
+
+
+def record(**seconds: float) -> RoundRecord:
+    return RoundRecord(
+        round=1, contributors=3, void=0, refused={}, train_loss=None, institutions_perplexity=None, validation=None,
+        best=False, seconds=seconds, bytes_up=1, bytes_down=1,
+    )  # fmt: skip
+
+
+def progress(*records: RoundRecord) -> Progress:
+    return Progress(Adapter({}), Adapter({}), history=records)
+
+
+def test_seconds_are_summed_by_phase_and_an_older_round_took_none_of_a_newer_phase() -> None:
+    old, new = record(train=3.0, aggregate=1.0, evaluate=2.0), record(train=3.0, secure_aggregation=2.0, aggregate=1.0)
+    assert summary.seconds_of(progress(old, new)) == {
+        "train": 6.0, "secure_aggregation": 2.0, "aggregate": 2.0, "evaluate": 2.0,
+    }  # fmt: skip
+    assert set(summary.seconds_of(None).values()) == {0}
+
+
+def test_the_share_is_of_the_rounds_own_time_and_there_is_none_without_secure_aggregation() -> None:
+    timed = progress(record(train=3.0, secure_aggregation=2.0, aggregate=1.0, evaluate=2.0))
+    on, off = (config_files.load("smoke", [f"secure_aggregation.enabled={word}"]) for word in ("true", "false"))
+    assert summary.secure_share(on, timed) == 0.25
+    assert summary.secure_share(off, timed) is None
+    assert summary.secure_share(on, progress()) is None
+
+
+def test_the_numbers_are_those_of_the_institutions_that_took_part() -> None:
+    config = config_files.load("hospitals")
+    assert summary.privacy(config, {}, 100, 12) == {
+        "secure_aggregation": True,
+        "mode": "none",
+        "terms": {
+            "cohort": 4, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 1, "ring_bits": 16 + 4 + 2,
+        },
+    }  # fmt: skip
+    assert summary.privacy(config, {"summit": "base_model_differs"}, 100, 12)["terms"]["dropouts"] == 0
+    off = config_files.load("hospitals", ["secure_aggregation.enabled=false"])
+    assert summary.privacy(off, {}, 100, 12) == {"secure_aggregation": False, "mode": "none"}
+
+
+def test_absences_are_counted_by_name_and_reason() -> None:
+    rounds = [replace(record(), refused=refused) for refused in ({"a": "paused"}, {"a": "paused", "b": "left"}, {})]
+    assert summary.absences(rounds) == {"a": {"paused": 2}, "b": {"left": 1}}
