@@ -277,25 +277,6 @@ class Ledger:
             held.append(lambda link: BudgetSet(link.number, link.time, *terms, link.previous))
 
 
-class Budgets:
-    """A ledger as a round asks it, which knows its data set and its mode; populations and budgets are the policy's."""
-
-    def __init__(self, ledger: Ledger, population_of: Callable[[str], Population]) -> None:
-        self._ledger = ledger
-        self._population_of = population_of
-
-    def require(self, data_set: str, mode: str, event: Event) -> None:
-        """To be asked before training: raises what `spend` would raise now, and writes down nothing."""
-        spend = Spend.of(event, mode, "", 0, 0, data_set)
-        if refusal := self._ledger.would_exceed(self._population_of(data_set), spend):
-            raise refusal
-
-    def spend(self, data_set: str, mode: str, event: Event, run: str, round_number: int, attempt: int) -> Receipt:
-        """Writes down what an update cost, which may leave when this has returned. Raises as `Ledger.spend` does."""
-        spend = Spend.of(event, mode, run, round_number, attempt, data_set)
-        return self._ledger.spend(self._population_of(data_set), spend)
-
-
 def _spent(link: Link, population: Population, spend: Spend) -> Spent:
     return Spent(
         number=link.number,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +28,8 @@ from client.egress import EgressLog, Payload
 from client.egress import open_copy as open_egress
 from client.ledger import (
     BUDGET,
-    BUDGET_EXHAUSTED,
     NO_BUDGET,
     SPENT,
-    Budgets,
     BudgetSet,
     CutOff,
     Entry,
@@ -41,8 +41,9 @@ from client.ledger import (
     read_entry,
     spent_by,
 )
-from client.policy_file import Budget, InstitutionPolicy, Population
+from client.policy_file import Population
 from common.errors import ConfigError, Refusal, StorageError
+from common.policy_reasons import BUDGET_EXHAUSTED
 from common.privacy.accounting import Event, epsilon, times_left
 from common.secagg.identity import Identity
 
@@ -51,7 +52,6 @@ BIRCH = Identity("birch", Ed25519PrivateKey.from_private_bytes(b"b" * 32))
 NOON = datetime(2030, 1, 31, 12, tzinfo=UTC)
 FILE = "ledger-000000000001.jsonl"
 
-BUDGET_OF = Budget(("notes", "letters"), ("record", "patient"), 3.0, 1e-5)
 CLINIC = Population("clinic", ("notes", "letters"), ("record", "patient"), 3.0, 1e-5)
 ROUND = Spend("gaussian", 2.0, 0.1, 10, "patient", "run-1", 1, 1, "notes")
 WHOLE = Spend("gaussian", 10.0, 1.0, 1, "record", "run-1", 1, 1, "notes")
@@ -259,27 +259,6 @@ def test_a_bound_by_renyi_divergences_alone_would_refuse_too_early(place: Path) 
     assert refused(ledger, CLINIC, ROUND)
 
 
-def test_a_round_asks_by_data_set_and_mode(place: Path) -> None:
-    budgets = Budgets(
-        ledger_in(place), InstitutionPolicy(data_sets=("notes",), populations={"clinic": BUDGET_OF}).population_of
-    )
-    event = replace(WHOLE.event, sigma=1.7)
-    budgets.require("notes", "record", event)
-    receipt = budgets.spend("notes", "record", event, "run-1", 4, 2)
-    entry = receipt.entry
-    assert (entry.population, entry.unit, entry.run, entry.round, entry.attempt) == ("clinic", "record", "run-1", 4, 2)
-    assert entry.event == event
-    for ask in (
-        lambda: budgets.require("notes", "record", event),
-        lambda: budgets.spend("notes", "record", event, "r", 5, 1),
-    ):
-        with pytest.raises(Refusal) as caught:
-            ask()
-        assert caught.value.reason == BUDGET_EXHAUSTED
-    budgets.spend("scans", "institution", event, "run-1", 4, 2)
-    assert [entry.population for entry in spent_in(place, Population("all", ("notes", "scans")))] == ["clinic", "scans"]
-
-
 FRESH: dict[str, tuple[Population, dict[str, Any]]] = {
     "another round": (CLINIC, {"round": 9}),
     "another attempt": (CLINIC, {"attempt": 9}),
@@ -463,6 +442,37 @@ def test_threads_that_share_a_ledger_spend_no_more_than_the_budget(place: Path) 
     assert len(spent_in(place)) == fits
 
 
+def test_check_and_writing_are_one_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All wait for each other before they take the lock: with two steps, all would check before any writes."""
+    population = replace(CLINIC, epsilon=1.0)
+    spend = replace(WHOLE, sigma=5.0)
+    assert times_left([], spend.event, 1.0, CLINIC.delta) == 1
+    original = chain.locked
+
+    @contextmanager
+    def late(directory: Path) -> Iterator[None]:
+        with suppress(threading.BrokenBarrierError):
+            ready.wait(10)
+        with original(directory):
+            yield
+
+    ready = threading.Barrier(4)
+    found: list[bool] = []
+
+    def work() -> None:
+        found.append(refused(ledger_in(place), population, spend))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "locked", late)
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(found) == [False, True, True, True]
+    assert len(spent_in(place)) == 1
+
+
 # --- Crashes
 
 
@@ -534,6 +544,26 @@ def _half_price(file: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b'"sigma":10.0', b'"sigma":20.0', 1))
 
 
+def _last_at_half_price(file: Path) -> None:
+    *lines, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines, last.replace(b'"sigma":10.0', b'"sigma":20.0')]))
+
+
+def _rehashed(place: int) -> Callable[[Path], None]:
+    """Altered with care, as far as that goes without the key."""
+
+    def change(file: Path) -> None:
+        lines = file.read_bytes().splitlines(keepends=True)
+        entry = read_entry(lines[place])
+        assert isinstance(entry, Spent)
+        entry = replace(entry, sigma=20.0)
+        lines[place] = chain.line_of(replace(entry, hash=hashlib.sha256(entry.statement()).hexdigest()))
+        assert read_entry(lines[place]) is not None
+        file.write_bytes(b"".join(lines))
+
+    return change
+
+
 def _all_of_it(file: Path) -> None:
     for path in file.parent.glob("*.json*"):
         path.unlink()
@@ -541,6 +571,9 @@ def _all_of_it(file: Path) -> None:
 
 SPOILT: dict[str, Callable[[Path], None]] = {
     "an entry altered": _half_price,
+    "the last entry altered": _last_at_half_price,
+    "an entry and its hash altered": _rehashed(1),
+    "the last entry and its hash altered": _rehashed(-1),
     "the last entry removed": _without_the_last_line,
     "its file removed": Path.unlink,
     "its head removed": lambda file: (file.parent / HEAD).unlink(),
@@ -550,21 +583,14 @@ SPOILT: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "restarted"),
+    ("name", "restarted"),
     # What is known already is not read again: an entry that is altered under a process is found at its next start.
-    [
-        (change, restarted)
-        for change in SPOILT.values()
-        for restarted in (True, False)
-        if restarted or change is not _half_price
-    ],
+    [(name, restarted) for name in SPOILT for restarted in (True, False) if restarted or not name.endswith("altered")],
 )
-def test_with_a_ledger_that_was_tampered_with_nothing_may_be_spent(
-    change: Callable[[Path], None], restarted: bool, place: Path
-) -> None:
+def test_with_a_ledger_that_was_tampered_with_nothing_may_be_spent(name: str, restarted: bool, place: Path) -> None:
     ledger = _spend_three(place)
     ledger.entries()
-    change(place / FILE)
+    SPOILT[name](place / FILE)
     before = {file.name: file.read_bytes() for file in place.iterdir()}
     if restarted:
         ledger = ledger_in(place)

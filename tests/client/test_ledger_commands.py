@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def test_show_says_that_lines_are_no_entries(home: ClientHome) -> None:
 
 def test_without_a_ledger_it_says_so(enrolled: tuple[ClientHome, Keys], tmp_path: Path) -> None:
     home, _ = enrolled
+    shutil.rmtree(home.ledger)
     for command in (["show"], ["forecast", *CONFIG], ["verify"], ["export", tmp_path / "file"]):
         shown = call(*command, "--home", home.root)
         assert shown.exit_code == 5
@@ -183,6 +185,7 @@ def test_the_first_altered_entry_is_named_and_the_exit_code_is_5(home: ClientHom
 
 def test_a_ledger_is_begun_after_a_yes_and_never_over_one(enrolled: tuple[ClientHome, Keys]) -> None:
     home, own = enrolled
+    shutil.rmtree(home.ledger)
     assert call("begin", "--home", home.root, said="n\n").exit_code == 2
     assert not (home.ledger / "head.json").exists()
     assert call("begin", "--home", home.root, said="y\n").exit_code == 0

@@ -360,6 +360,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("weight_unit", {"weight_unit": 1}, {}, SETTINGS_DIFFER),
     ("data_sets", {"data_sets": ("letters",)}, {}, reasons.DATA_SET_NOT_ALLOWED),
     ("data_sets", {}, {"data_set": "letters"}, reasons.DATA_SET_UNKNOWN),
+    ("populations", {"populations": {"clinic": Budget(("notes",), ("record",), 1.0, 1e-5)}}, {}, PRIVACY_REQUIRED),
     ("approval", {"approval": "manual"}, {}, reasons.NOT_APPROVED),
 ]
 
@@ -397,8 +398,9 @@ def test_names_that_are_not_allowed_cannot_be_told_from_names_that_do_not_exist(
 
 
 def test_the_reasons_are_words_and_all_are_used() -> None:
-    # What people said and how often: see test_guard and the book below.
+    # What people said, how often, and at which price: see test_guard, the book below and test_ledger.
     used = {case[3] for case in REFUSED} | {reasons.ROUNDS_PER_DAY_EXCEEDED, reasons.PAUSED, reasons.LEFT}
+    used.add(reasons.BUDGET_EXHAUSTED)
     assert used >= reasons.REASONS
     assert all(re.fullmatch(r"[a-z_]+", reason) for reason in reasons.REASONS)
 

@@ -226,6 +226,7 @@ def node_line(key: Any) -> str:
         "ecdsa-sha2-nistp384 é",
         "",
     ],
+    ids=range(8),
 )
 def test_node_keys_of_other_kinds_are_refused(node: str) -> None:
     with pytest.raises(ConfigError, match="expected an ECDSA P-384 key"):

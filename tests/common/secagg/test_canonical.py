@@ -95,7 +95,7 @@ def test_the_form_is_the_same_in_every_release() -> None:
 
 @pytest.mark.parametrize(
     "value", [1.0, float("nan"), True, False, -1, None, [], ["a"], {}, {"a": 1}, bytearray(b"a"), memoryview(b"a"),
-              np.uint32(1), {1}, object()], ids=repr,
+              np.uint32(1), {1}, object()], ids=lambda value: type(value).__name__,
 )  # fmt: skip
 @pytest.mark.parametrize("place", [lambda value: (value,), lambda value: ("a", (b"b", (value,)))], ids=["bare", "deep"])
 def test_other_types_and_negative_numbers_are_refused(value: Any, place: Any) -> None:
