@@ -32,7 +32,7 @@ federation: setup ## the same on real processes: one coordinator and its institu
 	$(BIN)/silotune-sim federation $(CONFIG) $(ARGS)
 
 test: check ## lint, types, and all tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 check: setup ## lint and types only
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from client import adapters, data_sets
@@ -10,7 +11,7 @@ from client.guard import Guard
 from client.home import ClientHome
 from client.institution import Institution
 from client.keys import Keys
-from client.ledger import Ledger
+from client.ledger import Ledger, Receipt
 from client.policy_file import InstitutionPolicy, RoundBook
 from client.secure import SecureMember
 from client.trust import TrustedRoster
@@ -24,8 +25,16 @@ def marks(home: ClientHome, run: str) -> Path:
     return home.runs / check_run(run) / "marks.json"
 
 
-def assemble(home: ClientHome, keys: Keys, roster: TrustedRoster, policy: InstitutionPolicy) -> Institution:
+def assemble(
+    home: ClientHome,
+    keys: Keys,
+    roster: TrustedRoster,
+    policy: InstitutionPolicy,
+    on_spend: Callable[[Receipt], None] = lambda _: None,
+) -> Institution:
     """The institution that answers from this home; neither records nor base model are read yet.
+
+    on_spend: told what is spent of privacy budgets, before it leaves.
 
     Raises ConfigError for a data file that is missing or has mistakes, ModelError when there is no base model where it
     says.
@@ -46,6 +55,6 @@ def assemble(home: ClientHome, keys: Keys, roster: TrustedRoster, policy: Instit
         secure=SecureMember(keys.identity, policy.secure(roster.secagg), lambda run: marks(home, run)),
         guard=Guard(policy, known.names, book, control, roster.coordinator),
         shelf=shelf,
-        ledger=Ledger(home.ledger, keys.identity),
+        ledger=Ledger(home.ledger, keys.identity, on_spend=on_spend),
         row_tokens=file.machine.row_tokens,
     )

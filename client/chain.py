@@ -103,10 +103,15 @@ class Entry:
         return type(self)(**{name: getattr(self, name) for name in _fields(type(self))} | seals)
 
 
+def _fields(kind: Any) -> dict[str, type]:
+    """Names and types of a dataclass's fields, in order."""
+    return _known_fields(kind)
+
+
 @lru_cache(maxsize=32)
-def _fields(kind: type[Entry]) -> dict[str, type]:
+def _known_fields(kind: Any) -> dict[str, type]:
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 E = TypeVar("E", bound=Entry)

@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 from flwr.app import Message
 
 from client.egress import EgressLog, Payload
+from client.ledger import Receipt
 from client.status import Place
-from common.flower import HELLO, ROUND, SECURE, from_records
+from common.flower import MESSAGES, ROUND, from_records
 from common.messages import Hello, Published, Refused, Request, TrainRequest
 from common.wire import from_wire
 
 OTHER = "other"
 
-_EXCHANGES = frozenset({HELLO, ROUND, SECURE})
 _REMEMBERED = 64
 
 K = TypeVar("K", bound=Hashable)
@@ -49,6 +49,7 @@ class Departures:
         self._lock = threading.Lock()
         self._requests: _Recent[str] = _Recent()
         self._plans: _Recent[str] = _Recent()
+        self._spent: dict[Place, float] = {}  # of the attempt under way: its reply takes it out
 
     def heard(self, message_id: str, request: Request) -> Place:
         """Remembers what a message belongs to, and says it. Messages of an attempt name its plan only."""
@@ -58,6 +59,12 @@ class Departures:
                 self._plans.note(request.plan.digest(), place)
             self._requests.note(message_id, place)
         return place
+
+    def spent(self, receipt: Receipt) -> None:
+        """Remembers what an update spent of a privacy budget, for the entry of the reply that it leaves in."""
+        entry = receipt.entry
+        with self._lock:
+            self._spent[Place(entry.run, entry.round, entry.attempt)] = receipt.added
 
     def record(self, reply: Message) -> None:
         """Writes down a reply that is about to leave; it may leave when this has returned.
@@ -72,13 +79,15 @@ class Departures:
         wire, kind = from_records(reply.content), reply.metadata.message_type
         with self._lock:
             place = self._requests.find(reply.metadata.reply_to_message_id)
+            epsilon = self._spent.pop(place, 0.0) if kind == ROUND else 0.0
         self._log.record(
             wire.kind,
             Payload.of_wire(wire),
             run=place.run,
             round_number=place.round,
             attempt=place.attempt,
-            phase=kind if kind in _EXCHANGES else OTHER,
+            phase=kind if kind in MESSAGES else OTHER,
+            epsilon=epsilon,
         )
         said = from_wire(wire) if wire.kind == Refused.__name__ else None
         self._leaves(wire.kind, said.reason if isinstance(said, Refused) else "")

@@ -209,7 +209,8 @@ class Receipt:
 class Ledger:
     """An institution's ledger, to be written to by any number of threads and processes.
 
-    clock: gives the time, with its zone. largest: bytes of a file, after which a new one begins.
+    clock: gives the time, with its zone. largest: bytes of a file, after which a new one begins. on_spend: told of each
+    spend once it is written down.
 
     Raises ConfigError for a directory that others can enter, StorageError for one that cannot be made.
     """
@@ -220,7 +221,9 @@ class Ledger:
         identity: Identity,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         largest: int = LARGEST_FILE,
+        on_spend: Callable[[Receipt], None] = lambda _: None,
     ) -> None:
+        self._on_spend = on_spend
         self._chain = Chain(FORM, directory, identity, largest, clock)
         self._known: Head | None = None
         self._entries: list[Entry] = []
@@ -248,7 +251,9 @@ class Ledger:
             added = _by_renyi([*past, spend.event], population.delta) - _by_renyi(past, population.delta)
             entry = held.append(lambda link: _spent(link, population, spend))
         assert isinstance(entry, Spent)
-        return Receipt(entry, max(added, 0.0))
+        receipt = Receipt(entry, max(added, 0.0))
+        self._on_spend(receipt)
+        return receipt
 
     def would_exceed(self, population: Population, spend: Spend) -> Refusal | None:
         """What `spend` would raise now, to be asked before training; None where it fits. Writes down nothing.

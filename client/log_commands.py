@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client import chain_commands
+from client.chain_commands import PublicKey
 from client.home import ClientHome
 from common import cli
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from client.egress import Copy, Entry
+    from client.egress import Entry
 
 log = typer.Typer(help="What left this institution, message by message: show it, verify it, export it.")
 
@@ -61,10 +63,7 @@ def show(
 @log.command(epilog=cli.EPILOG)
 def verify(
     file: Annotated[Path | None, _FILE] = None,
-    public_key: Annotated[
-        str | None,
-        typer.Option(metavar="HEX", help="The institution's public key, as its card has it; else the home's own card."),
-    ] = None,
+    public_key: PublicKey = None,
     home: Home = None,
     as_json: cli.Json = False,
 ) -> None:
@@ -72,48 +71,9 @@ def verify(
 
     Needs no network, and for a copy no home. Ends with exit code 5 when something was altered, removed or added.
     """
-    from client.egress import open_copy
-    from client.egress import verify as verified
-    from common.errors import StorageError
+    from client.egress import FORM
 
-    place = _place(file, home)
-    copy = open_copy(place)
-    key, source = _key(public_key, copy, ClientHome.at(home).card)
-    verdict = verified(copy, key)
-    finding = verdict.finding
-    with cli.progress_console(as_json) as console:
-
-        def say(text: str) -> None:
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-        say(f"verified against {key.hex()}, {source}")
-        if finding is None:
-            say(f"{verdict.entries} entries, all as they were written; the last is {verdict.last}")
-        if finding is None and verdict.ahead:
-            say("the head does not know the last entry yet: it is being written, or a crash came; nothing left for it")
-        if finding is None and verdict.cut_off:
-            say(f"{verdict.cut_off} bytes more are of an entry that is being written or was cut off; nothing left")
-    if as_json:
-        told = None
-        if finding is not None:
-            told = {"kind": finding.kind, "entry": finding.number, "where": finding.where, "said": finding.said}
-        cli.print_json(
-            {
-                "whole": finding is None,
-                "entries": verdict.entries,
-                "last": verdict.last,
-                "public_key": key.hex(),
-                "key_from": source,
-                "ahead": verdict.ahead,
-                "cut_off_bytes": verdict.cut_off,
-                "finding": told,
-            }
-        )
-    if finding is not None:
-        if not verdict.entries and copy.head is not None and copy.head.public != key.hex():
-            raise StorageError(f"{place}: expected a log signed with {key.hex()}, found one with {copy.head.public}")
-        before = f"the {verdict.entries} entries before are whole" if verdict.entries else "no entry before is there"
-        raise StorageError(f"{place}: {finding}; {before}")
+    chain_commands.verify(FORM, _place(file, home), public_key, ClientHome.at(home).card, as_json)
 
 
 @log.command(epilog=cli.EPILOG)
@@ -123,33 +83,13 @@ def export(
     as_json: cli.Json = False,
 ) -> None:
     """Write the whole log into one file, which `log verify` checks anywhere. It holds no records and no keys."""
-    from client.egress import export as exported
+    from client.egress import FORM
 
-    count = exported(ClientHome.at(home).egress, file)
-    with cli.progress_console(as_json) as console:
-        console.print(f"{count} entries in {file}", highlight=False, markup=False, soft_wrap=True)
-    if as_json:
-        cli.print_json({"entries": count, "file": str(file)})
+    chain_commands.export(FORM, ClientHome.at(home).egress, file, as_json)
 
 
 def _place(file: Path | None, home: Path | None) -> Path:
     return ClientHome.at(home).egress if file is None else file
-
-
-def _key(public_key: str | None, copy: Copy, card: Path) -> tuple[bytes, str]:
-    """The key to verify against, and where it is from. Raises ConfigError when there is none to be had."""
-    from common.enrolment import hexadecimal, read_card
-    from common.errors import ConfigError
-    from common.secagg.identity import PUBLIC_BYTES
-
-    if public_key is not None:
-        return hexadecimal(public_key.strip().lower(), PUBLIC_BYTES, "--public-key"), "the key that was given"
-    if card.is_file():
-        return read_card(card).identity, f"the key on {card}; give --public-key for another institution's log"
-    if copy.head is None:
-        raise ConfigError("expected the institution's public key, found none to go by; give --public-key")
-    said = "the key that the log itself names, which proves nothing by itself: compare it with the institution's card"
-    return bytes.fromhex(copy.head.public), said
 
 
 def _print_entries(entries: deque[Entry], console: Console) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client import adapter_commands, check_command, daemon_commands
+from client.ledger_commands import ledger
 from client.log_commands import log
 from common import cli
 
@@ -117,6 +118,7 @@ def trust(
 
 
 app.add_typer(log, name="log", epilog=cli.EPILOG)
+app.add_typer(ledger, name="ledger", epilog=cli.EPILOG)
 daemon_commands.register(app)
 check_command.register(app)
 adapter_commands.register(app)

@@ -111,7 +111,6 @@ def _serve(home: ClientHome, supervisor: int, restarts: int, passphrase: bytes |
     keys, roster, policy = load(home, passphrase), pinned(home), read_policy(home.policy)
     egress = EgressLog(home.egress, keys.identity)
     egress.mend()
-    institution = assemble(home, keys, roster, policy)
     address, now = str(roster.address), timestamp(datetime.now(UTC))
     control = Control(home.control)
     before = control.read_status()
@@ -119,6 +118,7 @@ def _serve(home: ClientHome, supervisor: int, restarts: int, passphrase: bytes |
     first = Status(version("silotune"), supervisor, os.getpid(), now, restarts, address, STARTING, now)
     board = StatusBoard(replace(first, trouble=trouble[0], trouble_since=trouble[1]), control.write_status)
     departures = Departures(egress, board.leaves)
+    institution = assemble(home, keys, roster, policy, departures.spent)
 
     def heard(message_id: str, request: Request) -> None:
         place = departures.heard(message_id, request)

@@ -17,6 +17,8 @@ from client import departures
 from client.app import build_client_app
 from client.departures import OTHER, Departures
 from client.egress import EgressLog, Entry, Payload, open_copy, read_entry, verify
+from client.ledger import Ledger, Spend
+from client.policy_file import Population
 from client.status import Place
 from common.adapter import Adapter
 from common.base_model import Fingerprint
@@ -102,6 +104,23 @@ EXCHANGES: list[tuple[str, Request, Reply, tuple[Any, ...]]] = [
         ("run-1", 5, 0, "Received"),
     ),
 ]
+
+
+def test_what_an_update_spends_is_told_with_the_reply_that_it_leaves_in(
+    tmp_path: Path, log: EgressLog, entries: Callable[[], list[Entry]]
+) -> None:
+    tried = Departures(log)
+    ledger = Ledger(tmp_path / "ledger", ALDER, on_spend=tried.spent)
+    ledger.begin()
+    event = Spend("gaussian", 1.0, 0.1, 10, "record", "run-1", 3, 7, "notes")
+    receipt = ledger.spend(Population("notes", ("notes",)), event)
+    assert receipt.added > 0
+    for number, (kind, asked, said, _) in enumerate(EXCHANGES):
+        message = request(asked, kind, number)
+        tried.heard(message.metadata.message_id, asked)
+        tried.record(reply(message, said))
+    epsilons = {(entry.kind, entry.attempt): entry.epsilon for entry in entries() if entry.epsilon}
+    assert epsilons == {("Keys", 7): receipt.added}
 
 
 def test_every_exchange_is_an_entry_with_its_run_round_and_attempt(

@@ -19,7 +19,7 @@ from client.adapters import verified
 from client.data_sets import RecordSet, RecordSource
 from client.guard import digest, terms
 from client.institution import Institution
-from client.policy_file import METRICS, SecureTerms
+from client.policy_file import METRICS, Budget, SecureTerms
 from common import fixed_point
 from common import policy_reasons as reasons
 from common.adapter import Adapter
@@ -127,6 +127,12 @@ REFUSED: list[Any] = [
         reasons.DATA_SET_UNKNOWN,
         id="a data set without a file",
     ),
+    pytest.param(
+        {"populations": {"people": Budget((DATA_SET,), ("patient",), 1.0, 1e-5)}},
+        None,
+        reasons.PRIVACY_REQUIRED,
+        id="without differential privacy on records that need it",
+    ),
     pytest.param({"approval": "manual"}, None, reasons.NOT_APPROVED, id="nobody approved it"),
 ]
 
@@ -158,8 +164,8 @@ def test_what_the_policy_does_not_allow_is_refused_before_records_or_model_are_t
 
 
 def test_every_reason_of_a_policy_is_tried_here() -> None:
-    tried = {case.values[2] for case in REFUSED} | {reasons.PAUSED, reasons.LEFT, reasons.ROUNDS_PER_DAY_EXCEEDED}
-    assert tried >= reasons.REASONS
+    elsewhere = {reasons.PAUSED, reasons.LEFT, reasons.ROUNDS_PER_DAY_EXCEEDED, reasons.BUDGET_EXHAUSTED}
+    assert {case.values[2] for case in REFUSED} | elsewhere >= reasons.REASONS
 
 
 def test_what_the_policy_allows_is_answered(place: Make, start: Adapter) -> None:
@@ -319,6 +325,7 @@ def test_a_person_is_shown_what_the_run_asks_for(manual: Guarded) -> None:
         "rounds": 3,
         "passes_per_round": manual.config.train.passes_per_round,
         "evaluates_here": True,
+        "privacy": "none",
         "secure_aggregation": True,
     }
     assert terms(manual.hello(secure=False))["secure_aggregation"] is False
@@ -352,6 +359,7 @@ def test_other_terms_under_the_name_of_an_approved_run_wait_anew(
 
 def test_another_run_with_the_same_terms_waits_too(manual: Guarded) -> None:
     manual.control.approve(RUN, digest(manual.hello()))
+    assert digest(replace(manual.hello(), run="other")) != digest(manual.hello())
     member = manual.institution(data=Untouchable())
     assert member.answer(replace(manual.hello(), run="other")) == Refused(reasons.NOT_APPROVED, ME)
     assert set(manual.control.waiting()) == {"other"}

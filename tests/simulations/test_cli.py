@@ -41,6 +41,8 @@ COMMANDS = [
     ("client", []),
     *(("client", [name]) for name in ("init", "card", "trust", "data", "fingerprint", "log")),
     *(("client", ["log", name]) for name in ("show", "verify", "export")),
+    ("client", ["ledger"]),
+    *(("client", ["ledger", name]) for name in ("show", "forecast", "verify", "export", "begin")),
     *(("client", [name]) for name in ("up", "status", "pause", "resume", "runs", "leave", "report", "approve")),
     ("client", ["check"]),
     ("client", ["adapter"]),
