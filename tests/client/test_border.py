@@ -36,11 +36,11 @@ from client import events as told_of
 from client import institution as institution_module
 from client.app import build_client_app
 from client.institution import Institution
-from client.policy_file import SecureTerms
+from client.policy_file import Budget, SecureTerms
 from common import fixed_point, policy_reasons
 from common.adapter import Adapter
 from common.base_model import Fingerprint, fingerprint
-from common.config import LoraConfig
+from common.config import LoraConfig, PrivacyConfig
 from common.errors import ConfigError, DataError, ModelError, Refusal, StorageError
 from common.flower import HELLO, MESSAGES, from_records, kind_of, packed, to_records
 from common.messages import (
@@ -80,6 +80,7 @@ from common.wire import Wire, from_wire, to_wire
 from tests.client.conftest import NAMES
 from tests.client.guarded import ME, OTHERS, RUN, Attempt, Guarded
 from tests.deployments import Deployment, ask_by_hand, deployment, running
+from tests.federations import fitting
 
 __all__ = ["deployment", "running"]
 
@@ -532,6 +533,12 @@ def by_policy(asked: type[Request]) -> list[Case]:
             {"data_sets": ("notes", "letters")},
             change=lambda b, r: settings_of(r, data_set="letters"),
         ),
+        Case(
+            "differential privacy that it needs and is not offered",
+            asked,
+            policy_reasons.PRIVACY_REQUIRED,
+            {"populations": {f"{MARK}-people": Budget(("notes",), ("record",), 1.0, 1e-5)}},
+        ),
         Case("nobody approved it", asked, policy_reasons.NOT_APPROVED, {"approval": "manual"}),
         Case("a pause", asked, policy_reasons.PAUSED, damage=lambda b: b.place.control.pause()),
         Case(
@@ -717,6 +724,19 @@ def full_disk(border: Border) -> None:
     border.patches.setattr(os, "fsync", full)
 
 
+def private(request: TrainRequest) -> TrainRequest:
+    """The same round under differential privacy."""
+    privacy = PrivacyConfig(mode="record", noise_multiplier=1.0, sampling_rate=0.5)
+    changed = settings_of(request, privacy=privacy, evaluate=False, weighting="uniform")
+    assert isinstance(changed, TrainRequest)
+    return replace(changed, plan=fitting(changed.plan))
+
+
+def little(epsilon: float) -> dict[str, Any]:
+    """A policy with that budget."""
+    return {"populations": {f"{MARK}-people": Budget(("notes",), ("record",), epsilon, 1e-5)}, "metrics": ()}
+
+
 def to_records_file(damage: Callable[[Path], Any]) -> Callable[[Border], Any]:
     return lambda border: damage(border.place.records)
 
@@ -828,6 +848,21 @@ IN_TRAINING = [
         damage=lambda b: write(b.place.home.runs / RUN / "chance", b"\xff\xfe"),
     ),
     Case("a full disk", TrainRequest, INTERNAL_ERROR, damage=full_disk),
+    Case(
+        "a budget that is spent",
+        TrainRequest,
+        policy_reasons.BUDGET_EXHAUSTED,
+        little(0.01),
+        change=lambda b, r: private(r),
+    ),
+    Case(
+        "a ledger in pieces",
+        TrainRequest,
+        INTERNAL_ERROR,
+        little(1000.0),
+        damage=lambda b: in_the_way(b.place.home.ledger),
+        change=lambda b, r: private(r),
+    ),
     Case(
         "a base model that is gone since it was fingerprinted",
         TrainRequest,
@@ -1386,6 +1421,18 @@ def test_of_an_honest_run_nothing_leaves_whose_form_depends_on_data(border: Make
         for made, total in ((small, one_sum), (large, other_sum))
     ]
     assert counters[0] != counters[1]  # inside the sum the two differ
+
+
+def test_under_differential_privacy_nothing_leaves_whose_form_depends_on_data(border: Make, tmp_path: Path) -> None:
+    shapes = []
+    for records in (30, 240):
+        made = border(root=tmp_path / str(records), records=records, policy=little(1000.0))
+        plan = private(made.place.request(made.start)).plan
+        made.attempt = Attempt(made.place, made.start, made.ask, plan)
+        made.attempt.sum()
+        shapes.append([shape(departed) for departed in made.left])
+    assert [found[0] for found in shapes[0]] == ["Keys", "Shares", "MaskedInput", "Consent", "Revealed"]
+    assert shapes[0] == shapes[1]
 
 
 def test_an_update_that_is_not_finite_leaves_in_the_same_form(border: Make, tmp_path: Path) -> None:

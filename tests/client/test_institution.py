@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from client import institution as institution_module
+from client import local_round
 from client.data_sets import RecordFolder
 from client.institution import Institution
 from client.policy import Policy
@@ -808,11 +810,9 @@ def test_a_record_longer_than_max_tokens_still_trains(
 
 
 def test_a_fresh_load_gives_the_same_vector(institution: Make, config: Config, start: Adapter) -> None:
-    from client import institution as module
-
     member = institution()
     one = bytes_of(member.answer(TrainRequest(make_plan(config, start, run="one"), start)))
-    module._shared_model.cache_clear()
-    module._examples.cache_clear()
+    institution_module._shared_model.cache_clear()
+    local_round._tokenised.cache_clear()
     other_plan = make_plan(config, start, run="one")
     assert bytes_of(member.answer(TrainRequest(other_plan, start))) == one

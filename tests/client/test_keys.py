@@ -64,15 +64,8 @@ def test_everything_is_made_and_can_be_loaded(home: ClientHome, passphrase: byte
     finally:
         os.umask(before)
     modes = files(home)
-    assert set(modes) == {
-        ".lock",
-        "card.json",
-        "data.yaml",
-        "keys",
-        "keys/identity.pem",
-        "keys/node.pem",
-        "policy.yaml",
-    }
+    made_of = {"card.json", "data.yaml", "policy.yaml", "keys", "keys/identity.pem", "keys/node.pem", "ledger", ".lock"}
+    assert set(modes) == made_of | {"ledger/.lock", "ledger/head.json"}
     assert stat.S_IMODE(home.root.stat().st_mode) == modes["keys"] == 0o700
     assert {modes[name] for name in ("keys/identity.pem", "keys/node.pem", "card.json")} == {0o600}
     loaded = keys.load(home, passphrase)

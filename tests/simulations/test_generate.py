@@ -39,7 +39,8 @@ from simulations.pretrain import training_text
 
 CONFIGS = {name: load(name).data for name in ("hospitals", "banks")}
 SHIPPED = tuple(itertools.product(CONFIGS, (1, 2, 3)))
-EVERY = tuple(itertools.product(sorted(path.stem for path in configs_dir().glob("*.yaml")), (1, 2, 3)))
+GENERATED = sorted(path.stem for path in configs_dir().glob("*.yaml") if load(path.stem).data.generator)
+EVERY = tuple(itertools.product(GENERATED, (1, 2, 3)))
 
 
 @cache
