@@ -1,0 +1,340 @@
+"""Differential privacy in a round of a real institution: what leaves, what is spent for it, and whose noise it has."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client import local_round
+from client.guard import Guard
+from client.institution import Institution
+from client.ledger import Ledger, Spent
+from client.local_round import LocalRound
+from client.policy_file import Budget
+from client.private_training import clipped_sum
+from client.state import StateStore
+from client.training import Trained
+from client.units import Unit
+from common import fixed_point
+from common.adapter import Adapter
+from common.config import Config, PrivacyConfig
+from common.examples import examples_of
+from common.messages import INTERNAL_ERROR, Introduction, Plan, Refused, TrainRequest
+from common.methods import METHODS
+from common.models import LoraModel
+from common.policy_reasons import BUDGET_EXHAUSTED, PRIVACY_REQUIRED
+from common.privacy.accounting import epsilon
+from common.privacy.noise import SeededNoise, SystemNoise
+from common.secagg.identity import Identity, Roster
+from common.secagg.messages import Keys
+from tests.client.conftest import NAMES, make_config, make_plan, secured
+from tests.client.guarded import DATA_SET, Attempt, Guarded, Untouchable
+
+MODES = ("record", "patient", "institution", "distributed")
+TRAINED = ("record", "patient", "institution")
+"""Modes in which an institution trains, so that a test can step in between training and what is sent."""
+
+DELTA = 1e-5
+SIX_SIGMA = 6.0  # a correct result fails with a probability below 2e-9
+
+Make = Callable[..., Institution]
+
+
+def private(config: Config, mode: str, **changes: Any) -> Config:
+    """The configuration under differential privacy."""
+    said = {"noise_multiplier": 1.0, "clip": 0.05, "sampling_rate": 0.5, "delta": DELTA, **changes}
+    return replace(
+        config,
+        privacy=PrivacyConfig(mode, **said),
+        federation=replace(config.federation, weighting="uniform"),
+    )
+
+
+@pytest.fixture
+def deployed(tmp_path: Path, base_model: str) -> Callable[..., Guarded]:
+    """Makes an institution as its daemon has it, and the terms of a run in a mode."""
+
+    def make(mode: str, marker: str = "", records: int = 12, **policy: Any) -> Guarded:
+        place = Guarded(tmp_path, base_model, records, marker, **policy)
+        place.config = private(place.config, mode)
+        return place
+
+    return make
+
+
+def part_of(member: Institution, plan: Plan) -> LocalRound:
+    """What the institution does in that round."""
+    return LocalRound(
+        plan=plan,
+        name=member.name,
+        data=member.data,
+        directory=member.run_directory(plan.run),
+        model=member.model,
+        guard=member.guard,
+        ledger=member.ledger,
+        row_tokens=member.row_tokens,
+        spoil=member.spoil,
+        log=member.log,
+    )
+
+
+def spends(member: Institution) -> list[Spent]:
+    assert member.ledger is not None
+    return [entry for entry in member.ledger.entries() if isinstance(entry, Spent)]
+
+
+def not_finite(trained: Trained, plan: Plan) -> Trained:
+    return replace(trained, loss=math.nan)
+
+
+def diverged(trained: Trained, plan: Plan) -> Trained:
+    factors = {key: np.full_like(value, np.nan) for key, value in trained.adapter.factors.items()}
+    return replace(trained, adapter=replace(trained.adapter, factors=factors))
+
+
+# --- What leaves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records", [8, 40])
+@pytest.mark.parametrize("mode", MODES)
+def test_of_the_counters_only_those_leave_that_depend_on_no_record(
+    mode: str, records: int, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode, records=records)
+    attempt = Attempt(place, start, place.institution().answer)
+    found = fixed_point.decode(attempt.sum(), attempt.plan.layout, members=1)
+    assert {name: value for name, value in found.counters.items() if value} == {"weight": 1, "members": 1}
+    assert found.update.any()
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_a_loss_that_is_not_finite_does_not_show(mode: str, deployed: Callable[..., Guarded], start: Adapter) -> None:
+    place = deployed(mode)
+    attempt = Attempt(place, start, place.institution(spoil=not_finite).answer)
+    found = fixed_point.decode(attempt.sum(), attempt.plan.layout, members=1)
+    assert {name: value for name, value in found.counters.items() if value} == {"weight": 1, "members": 1}
+    assert found.update.any()
+
+
+def test_a_member_whose_update_cannot_be_used_adds_its_noise_all_the_same(
+    deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed("institution")
+    attempt = Attempt(place, start, place.institution(spoil=diverged).answer)
+    found = fixed_point.decode(attempt.sum(), attempt.plan.layout, members=1)
+    noise = attempt.plan.shared_noise
+    assert noise is not None
+    assert (found.weight, found.void) == (1, 0)
+    variance = (float(noise.scale) * noise.step) ** 2
+    assert np.mean(found.update**2) / variance == pytest.approx(1, abs=SIX_SIGMA * math.sqrt(2 / noise.parameters))
+
+
+# --- What is spent ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_its_ledger_an_institution_answers_nothing(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+    place.home.ledger.rename(place.home.ledger.with_name("elsewhere"))
+    member = place.institution(data=Untouchable())
+    assert member.answer(place.request(start)) == Refused(INTERNAL_ERROR, member.name)
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_what_was_trained_does_not_leave_when_its_cost_cannot_be_written_down(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+    aside = place.home.ledger.with_name("elsewhere")
+
+    def lose_the_ledger(trained: Trained, plan: Plan) -> Trained:
+        place.home.ledger.rename(aside)
+        return trained
+
+    member = place.institution(spoil=lose_the_ledger)
+    assert member.answer(place.request(start)) == Refused(INTERNAL_ERROR, member.name)
+    assert member.secure is not None
+    assert member.secure.run == ""  # no attempt is under way, so that nothing can be masked and sent
+    aside.rename(place.home.ledger)
+    again = place.institution()
+    assert isinstance(again.answer(place.request(start, attempt=2)), Keys)
+    assert [entry.attempt for entry in spends(again)] == [2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_round_beyond_the_budget_is_refused_before_any_record_is_read(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+    event = part_of(place.institution(), place.plan(start)).event
+    assert event is not None
+    budget = Budget((DATA_SET,), (mode,), 1.05 * epsilon([event], DELTA).rdp, DELTA)
+    place.policy = replace(place.policy, populations={"clinic": budget})
+    first = place.institution()
+    assert isinstance(first.answer(place.request(start)), Keys)
+    records = Untouchable()
+    member = place.institution(data=records)
+    for plan in (place.plan(start, 2, attempt=2), place.plan(start, run="another-run")):
+        assert member.answer(TrainRequest(plan, start)) == Refused(BUDGET_EXHAUSTED, member.name)
+    assert records.opened == []
+    assert len(spends(member)) == 1
+
+
+def test_a_run_without_noise_on_a_population_with_a_budget_is_refused_at_hello(
+    deployed: Callable[..., Guarded],
+) -> None:
+    budget = Budget((DATA_SET,), ("record",), 8.0, DELTA)
+    place = deployed("record", populations={"clinic": budget})
+    assert isinstance(place.institution().answer(place.hello()), Introduction)
+    place.config = replace(place.config, privacy=PrivacyConfig())
+    member = place.institution(data=Untouchable())
+    assert member.answer(place.hello()) == Refused(PRIVACY_REQUIRED, member.name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_repeat_spends_again_exactly_where_it_draws_fresh_noise(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+    member = place.institution()
+    plans = [place.plan(start, attempt=number) for number in (1, 2)]
+    one, two = (Attempt(place, start, member.answer, plan).sum() for plan in plans)
+    shared = mode in ("institution", "distributed")
+    assert np.array_equal(one, two) == (not shared)
+    assert [entry.attempt for entry in spends(member)] == ([1, 2] if shared else [1])
+    assert {entry.event for entry in spends(member)} == {part_of(member, plans[0]).event}
+
+
+# --- Whose noise ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(institution: Make, base_model: str, tmp_path: Path) -> Callable[..., tuple[Institution, Config]]:
+    """Makes an institution of a simulation with a ledger, and the configuration of its run."""
+
+    def make(mode: str, name: str = NAMES[0], records: int = 12, **privacy: Any) -> tuple[Institution, Config]:
+        ledger = Ledger(tmp_path / name / "ledger", Identity.generate(name))
+        ledger.begin()
+        return institution(name, records, ledger=ledger), private(make_config(base_model), mode, **privacy)
+
+    return make
+
+
+def simulated_plan(config: Config, start: Adapter, run: str) -> Plan:
+    roster = Roster.of(*(Identity.generate(name) for name in NAMES))
+    return secured(make_plan(config, start, run=run), config, roster)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_runs_from_one_adapter_differ_in_a_deployment_and_agree_in_a_simulation(
+    mode: str,
+    deployed: Callable[..., Guarded],
+    simulated: Callable[..., tuple[Institution, Config]],
+    start: Adapter,
+    lora_model: LoraModel,
+) -> None:
+    place = deployed(mode)
+    member, config = simulated(mode)
+    runs = ("one", "two")
+    real = [part_of(place.institution(), place.plan(start, run=run)) for run in runs]
+    played = [part_of(member, simulated_plan(config, start, run)) for run in runs]
+    for parts, equal in ((real, False), (played, True)):
+        one, two = (part.draw(part.update(start, lora_model)) for part in parts)
+        assert np.array_equal(one, two) == equal
+    assert isinstance(real[0]._noise("training"), SystemNoise)
+    assert isinstance(played[0]._noise("training"), SeededNoise)
+
+
+def test_nothing_that_an_institution_is_made_from_can_bring_a_source_of_noise() -> None:
+    signatures = [inspect.signature(made) for made in (LocalRound, Institution, Guard)]
+    told = [str(parameter.annotation) for found in signatures for parameter in found.parameters.values()]
+    assert not [annotation for annotation in told if "Noise" in annotation or annotation == "Any"]
+    assert not [field.name for field in fields(PrivacyConfig) if "seed" in field.name or "source" in field.name]
+    calls = {
+        (path.name, node.func.id)
+        for path in Path(local_round.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Noise")
+    }
+    assert calls == {("local_round.py", "SystemNoise"), ("local_round.py", "SeededNoise")}
+
+
+# --- How much noise ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["institution", "distributed"])
+def test_the_sum_is_that_of_clipped_updates_with_the_planned_noise(
+    mode: str,
+    simulated: Callable[..., tuple[Institution, Config]],
+    start: Adapter,
+    lora_model: LoraModel,
+) -> None:
+    expected, vectors = np.zeros(0), []
+    for name in NAMES:
+        member, config = simulated(mode, name, noise_multiplier=0.1)
+        plan = simulated_plan(config, start, "sums")
+        part = part_of(member, plan)
+        update = part.update(start, lora_model)
+        clipped = update.astype(np.float64)
+        if mode == "institution":
+            norm = float(np.linalg.norm(clipped))
+            assert norm > config.privacy.clip
+            clipped *= config.privacy.clip / norm
+        expected = expected + clipped if len(expected) else clipped
+        vectors.append(part.draw(update))
+    noise = plan.shared_noise
+    assert noise is not None
+    total = np.sum(vectors, axis=0, dtype=np.uint32) & np.uint32(plan.layout.ring_mask)
+    found = fixed_point.decode(total, plan.layout, members=3)
+    rest = found.update - expected
+    deviation = math.sqrt(3) * float(noise.scale) * noise.step
+    assert np.mean(rest**2) / deviation**2 == pytest.approx(1, abs=SIX_SIGMA * math.sqrt(2 / noise.parameters))
+    length = float(np.linalg.norm(expected))
+    assert abs(rest @ expected) / length < SIX_SIGMA * deviation < length  # nothing of the sum is missing
+
+
+def test_mode_distributed_takes_one_lot_a_round(
+    simulated: Callable[..., tuple[Institution, Config]], start: Adapter, lora_model: LoraModel
+) -> None:
+    member, config = simulated("distributed", sampling_rate=1.0)
+    config = replace(config, train=replace(config.train, passes_per_round=5.0))
+    plan = simulated_plan(config, start, "lots")
+    part = part_of(member, plan)
+    records = member.data.find(config.data.name, "train").records
+    units = [Unit(found) for found in examples_of(records, lora_model.tokenizer, config.train).by_record]
+    keys = METHODS[config.federation.method].trained(start)
+    whole = clipped_sum(lora_model, units, start, keys, config.train, config.privacy.clip, 1.0, SeededNoise(0))
+    assert np.allclose(part.update(start, lora_model), -whole, rtol=1e-4, atol=1e-7)
+    event = part.event
+    assert event is not None
+    assert (event.steps, event.q) == (1, 1.0)
+
+
+@pytest.mark.parametrize(("sigma", "clip", "rate"), [(50.0, 0.05, 0.5), (200.0, 0.05, 0.5), (50.0, 0.4, 1.0)])
+def test_the_noise_of_mode_record_follows_the_settings(
+    sigma: float,
+    clip: float,
+    rate: float,
+    simulated: Callable[..., tuple[Institution, Config]],
+    start: Adapter,
+    lora_model: LoraModel,
+) -> None:
+    member, config = simulated("record", noise_multiplier=sigma, clip=clip, sampling_rate=rate)
+    config = replace(config, train=replace(config.train, passes_per_round=rate, optimizer_state="keep"))
+    part = part_of(member, simulated_plan(config, start, "noisy"))
+    part.update(start, lora_model)
+    state = StateStore(part.directory / "state").before(2)
+    assert state.steps == 1
+    gradient = np.concatenate([value.ravel() for value in state.exp_avg.values()]).astype(np.float64) / 0.1
+    deviation = sigma * clip / (rate * 12)  # of the lot's sum over the expected number of its twelve units
+    assert np.std(gradient) / deviation == pytest.approx(1, abs=SIX_SIGMA / math.sqrt(2 * len(gradient)) + 1e-3)
