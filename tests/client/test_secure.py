@@ -1495,6 +1495,71 @@ def test_in_deployment_no_attempt_can_be_taken_out_of_a_member_or_put_into_one(f
         federation.member(A).restore(("", np.zeros(0, np.uint32), np.zeros(0, np.float32)))
 
 
+# ---- noise in shares -----------------------------------------------------------------------------------------------
+
+
+class Noisy:
+    """What an institution gives a member where noise is in shares. trained, drawn: how often it was asked."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.update = np.linspace(-5, 5, PARAMETERS)
+        self.trained = 0
+        self.drawn: list[np.ndarray] = []
+
+    def train(self) -> np.ndarray:
+        self.trained += 1
+        return self.update
+
+    def draw(self, update: np.ndarray) -> np.ndarray:
+        assert np.array_equal(update, self.update)
+        levels = update.astype(np.int64) + len(self.drawn) + 1
+        self.drawn.append(fixed_point.encode_levels(levels, self.plan.layout))
+        return self.drawn[-1]
+
+
+def playing(federation: Federation) -> SecureMember:
+    """The member A of a simulation."""
+    return SecureMember(
+        federation.identities[A], federation.policy, lambda run: federation.marks(A, run), simulated=True
+    )
+
+
+def test_a_repeat_draws_anew_over_the_same_update_and_another_round_trains(federation: Federation) -> None:
+    member, noisy = federation.member(A), Noisy(federation.plan())
+    for number in (1, 2, 3):
+        member.begin(federation.plan(number), PARAMETERS, noisy.train, noisy.draw)
+        assert (noisy.trained, len(noisy.drawn)) == (1, number)
+    assert len({vector.tobytes() for vector in noisy.drawn}) == 3
+    member.begin(federation.plan(4, round=2), PARAMETERS, noisy.train, noisy.draw)
+    assert (noisy.trained, len(noisy.drawn)) == (2, 4)
+
+
+def test_a_draw_that_fails_leaves_no_attempt_under_way(federation: Federation) -> None:
+    member, noisy = federation.member(A), Noisy(federation.plan())
+
+    def fails(_: np.ndarray) -> np.ndarray:
+        raise Refusal(reasons.SETTINGS_DIFFER, "nothing may be spent")
+
+    member.begin(federation.plan(1), PARAMETERS, noisy.train, noisy.draw)
+    with pytest.raises(Refusal, match="nothing may be spent"):
+        member.begin(federation.plan(2), PARAMETERS, noisy.train, fails)
+    assert member.run == ""
+
+
+def test_a_member_that_goes_on_in_another_process_draws_anew_over_its_own_update(federation: Federation) -> None:
+    first, noisy = playing(federation), Noisy(federation.plan())
+    first.begin(federation.plan(1), PARAMETERS, noisy.train, noisy.draw)
+    text, vector, update = first.snapshot()
+    assert vector.tobytes() == noisy.drawn[0].tobytes()
+    assert np.array_equal(update, noisy.update)
+    again = playing(federation)
+    again.restore((text, vector, update))
+    again.begin(federation.plan(2), PARAMETERS, noisy.train, noisy.draw)
+    assert noisy.trained == 1
+    assert again.snapshot()[1].tobytes() == noisy.drawn[1].tobytes() != vector.tobytes()
+
+
 # ---- whole institutions --------------------------------------------------------------------------------------------
 
 Make = Callable[..., Institution]

@@ -660,6 +660,46 @@ def test_where_curves_go_is_not_part_of_the_digest_so_that_a_run_outlives_its_se
     )
 
 
+# --- Differential privacy
+
+NOISY = "privacy.noise_multiplier=1.0"
+
+
+@pytest.mark.parametrize("mode", ["record", "patient", "institution", "distributed"])
+def test_under_differential_privacy_dropout_and_weighting_that_are_left_out_fit_it(mode: str) -> None:
+    config = parse(SMALLEST, "test.yaml", [f"privacy.mode={mode}", NOISY])
+    assert (config.lora.dropout, config.federation.weighting) == (0.0, "uniform")
+    assert config.privacy.private
+    plain = parse(SMALLEST, "test.yaml")
+    assert (plain.lora.dropout, plain.federation.weighting) == (LoraConfig().dropout, FederationConfig().weighting)
+    assert not plain.privacy.private
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["privacy.mode=record"], "privacy.epsilon: found 0, with privacy.noise_multiplier = 0"),
+        (["privacy.mode=record", NOISY, "privacy.epsilon=3.0"], "allowed: exactly one of the two above 0"),
+        (["privacy.mode=patient", NOISY, "lora.dropout=0.1"], "lora.dropout: found 0.1; allowed: 0 with"),
+        (
+            ["privacy.mode=record", NOISY, "federation.weighting=records"],
+            "federation.weighting: found records; allowed: uniform",
+        ),
+        (["privacy.mode=institution", NOISY, OFF], "privacy.mode: found institution, whose noise is in the sum only"),
+        (["privacy.mode=distributed", NOISY, OFF], "privacy.mode: found distributed, whose noise is in the sum only"),
+        (["privacy.mode=person", NOISY], "privacy.mode: found 'person'"),
+    ],
+)
+def test_what_privacy_cannot_go_with_is_told(overrides: list[str], told: str) -> None:
+    (line,) = mistakes(SMALLEST, *overrides)
+    assert told in line
+
+
+@pytest.mark.parametrize("mode", ["record", "patient"])
+def test_noise_of_an_institutions_own_needs_no_secure_aggregation(mode: str) -> None:
+    assert parse(SMALLEST, "test.yaml", [f"privacy.mode={mode}", NOISY, OFF]).privacy.mode == mode
+
+
 def test_a_password_does_not_belong_into_a_configuration() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
         load("hospitals", ["tracking.mlflow=https://me:secret@host/path"])

@@ -29,6 +29,7 @@ from common.fixed_point import (
     RunningSum,
     decode,
     encode,
+    encode_levels,
     pack,
     packed_length,
     quantise,
@@ -403,6 +404,35 @@ def test_void_vectors_change_nothing_but_their_count() -> None:
     assert (nothing.weight, nothing.void, nothing.members) == (0, 4, 4)
     assert not nothing.update.any()
     assert nothing.mean_loss("train") is None
+
+
+@given(st.data(), st.integers(1, 4))
+def test_levels_with_noise_sum_exactly_up_to_the_headroom(data: st.DataObject, members: int) -> None:
+    layout = Layout(M, 4, 1.0, 8, 1, headroom=data.draw(st.integers(0, 1 << 20)))
+    largest = layout.levels + layout.headroom // 4
+    one = hnp.arrays(np.int64, M, elements=st.integers(-largest, largest))
+    given_ = [data.draw(one) for _ in range(members)]
+    found = decode(summed([encode_levels(levels, layout) for levels in given_], layout), layout, members=members)
+    read = np.rint(found.update / layout.error).astype(np.int64)
+    assert read.tolist() == np.sum(given_, axis=0).tolist()
+    assert {name: value for name, value in found.counters.items() if value} == {"weight": members, "members": members}
+
+
+def test_levels_of_another_length_are_refused() -> None:
+    with pytest.raises(ConfigError, match=f"expected an update of {M} elements"):
+        encode_levels(np.zeros(M + 1, np.int64), LAYOUT)
+
+
+def test_the_ring_holds_a_sum_and_its_noise_and_is_no_wider_than_either_needs() -> None:
+    plain = Layout(M, 4, 1.0, 8, 1)
+    widest = 4 * plain.levels * plain.max_weight
+    room = (1 << (plain.ring_bits - 1)) - 1 - widest
+    assert replace(plain, headroom=room).ring_bits == plain.ring_bits
+    assert replace(plain, headroom=room + 1).ring_bits == plain.ring_bits + 1
+    with pytest.raises(ConfigError, match="and their noise need 33 bits, the widest ring has 32"):
+        replace(plain, headroom=1 << 31)
+    with pytest.raises(ConfigError, match="a headroom of 0"):
+        replace(plain, headroom=-1)
 
 
 def test_mean_loss_is_nats_per_token_over_all_members() -> None:

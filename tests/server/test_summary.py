@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from common import config_files
 from common.adapter import Adapter
 from server import summary
@@ -49,6 +51,32 @@ def test_the_numbers_are_those_of_the_institutions_that_took_part() -> None:
     assert summary.privacy(config, {"summit": "base_model_differs"}, 100, 12)["terms"]["dropouts"] == 0
     off = config_files.load("hospitals", ["secure_aggregation.enabled=false"])
     assert summary.privacy(off, {}, 100, 12) == {"secure_aggregation": False, "mode": "none"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "unit", "rate", "steps"),
+    [
+        ("record", "record", 0.5, 12 * 4),
+        ("patient", "patient", 0.5, 12 * 4),
+        ("institution", "institution", 1.0, 12),
+        ("distributed", "record", 0.5, 12),
+    ],
+)
+def test_the_privacy_of_a_run_is_told_with_its_unit_and_what_its_rounds_cost(
+    mode: str, unit: str, rate: float, steps: int
+) -> None:
+    overrides = [f"privacy.mode={mode}", "privacy.noise_multiplier=4.0", "privacy.sampling_rate=0.5"]
+    overrides += ["train.passes_per_round=2.0", "lora.dropout=0.0", "federation.weighting=uniform"]
+    config = config_files.load("hospitals", overrides)
+    told = summary.privacy(config, {}, 100, 12)
+    assert (told["mode"], told["unit"], told["sampling_rate"], told["steps"]) == (mode, unit, rate, steps)
+    assert told["noise_multiplier"] == pytest.approx(4.0, rel=1e-3)
+    assert (told["delta"], told["clip"]) == (config.privacy.delta, config.privacy.clip)
+    assert 0 < told["epsilon"] <= told["epsilon_rdp"] + 1e-4
+    assert summary.privacy(config, {}, 100, 6)["epsilon"] < told["epsilon"]
+    plain = config_files.load("hospitals", [*overrides[1:], "privacy.mode=none"])
+    bits = summary.privacy(plain, {}, 100, 12)["terms"]["ring_bits"]
+    assert (told["terms"]["ring_bits"] > bits) == (mode in ("institution", "distributed"))
 
 
 def test_absences_are_counted_by_name_and_reason() -> None:
