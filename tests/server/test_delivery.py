@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from client import adapters
+from common.adapter import Adapter
 from common.base_model import fingerprint
 from common.config import Config, ServerOptimizerConfig
 from common.errors import RunStopped
@@ -98,11 +99,12 @@ def test_a_run_that_ends_hands_its_best_adapter_signed_to_everybody(here: Guarde
 
 
 def test_what_is_handed_out_is_the_best_rounds_and_not_the_last_ones(here: Guarded) -> None:
-    """A server that throws the adapter about: what the run began with stays the best, and is called round 0."""
-    federation = replace(here.config.federation, server_optimizer=ServerOptimizerConfig("fedavg", learning_rate=40.0))
+    """A server whose step changes the adapter and no score: what the run began with stays the best, as round 0."""
+    federation = replace(here.config.federation, server_optimizer=ServerOptimizerConfig("fedavg", learning_rate=1e-30))
     here = replace(here, config=replace(here.config, federation=federation))
     outcome = here.go(signer=COORDINATOR)
     assert (outcome.progress.round, outcome.progress.best_round) == (1, 0)
+    assert outcome.progress.adapter.digest() != here.bench.start.digest()
     assert (stated(here).round, stated(here).adapter) == (0, here.bench.start.digest())
     assert holders(here) == list(NAMES)
 
@@ -237,8 +239,8 @@ def test_an_answer_that_is_none_does_not_count(here: Guarded, log_lines: Lines) 
 
 def test_another_adapter_under_the_same_name_is_refused_and_not_counted(here: Guarded) -> None:
     """As when somebody put another run's directory in its place: what has another digest was not delivered."""
-    here.go(signer=COORDINATOR)
-    other = here.bench.start
+    published = here.go(signer=COORDINATOR).progress.best
+    other = Adapter({key: factor + 1 for key, factor in published.factors.items()})
     publication = replace(stated(here), adapter=other.digest()).signed(COORDINATOR)
     hall = here.hall()
     replies: list[Reply] = []
