@@ -240,6 +240,43 @@ def secagg(
         cli.print_json(found)
 
 
+@bench.command(epilog=cli.EPILOG)
+def privacy(
+    overrides: Overrides = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every mode, method, epsilon and seed: more than a day on two cores.")
+    ] = False,
+    patients: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Of each hospital; without --full the first one.")
+    ] = "1000,80",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Of records and training; without --full the first one.")
+    ] = "1,2,3",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where points are kept, and gone on with; runs/bench-privacy-TIME if left out."
+        ),
+    ] = None,
+    as_json: cli.Json = False,
+) -> None:
+    """What privacy costs: accuracy against epsilon, and a private step beside one without and beside Opacus's hooks.
+
+    Without --full: mode patient at epsilon 8, four hospitals of 1000 patients, together and alone.
+    """
+    directory = out or _new_directory("bench-privacy")
+    again = ("bench", "privacy", *(overrides or ()), *(["--full"] if full else []), "--out", str(directory))
+    with cli.progress_console(as_json) as console, _resumable(directory, *again):
+        from simulations.benchmarks import privacy as benchmark
+        from simulations.benchmarks import privacy_grid
+
+        given = [privacy_grid.numbers(text, name) for text, name in ((patients, "--patients"), (seeds, "--seeds"))]
+        points = privacy_grid.grid(*given) if full else privacy_grid.headline(*(one[0] for one in given))
+        found = benchmark.bench(points, directory.expanduser().resolve(), console, overrides or ())
+    if as_json:
+        cli.print_json(found)
+
+
 def main() -> None:
     """Entry point of the command."""
     app()

@@ -16,6 +16,7 @@ def test_the_files_are_found() -> None:
     assert [file.relative_to(configs_dir()).as_posix() for file in FILES] == [
         "banks.yaml",
         "deployment.yaml",
+        "hospitals-private.yaml",
         "hospitals.yaml",
         "smoke.yaml",
     ]
@@ -28,7 +29,10 @@ def test_it_loads_and_is_named_as_its_file(file: Path) -> None:
     assert load(file.relative_to(configs_dir()).with_suffix("").as_posix()) == config
 
 
-@pytest.mark.parametrize(("name", "dropouts"), [("banks", 1), ("deployment", 0), ("hospitals", 1), ("smoke", 0)])
+@pytest.mark.parametrize(
+    ("name", "dropouts"),
+    [("banks", 1), ("deployment", 0), ("hospitals", 1), ("hospitals-private", 1), ("smoke", 0)],
+)
 def test_it_hides_updates_and_says_so(name: str, dropouts: int) -> None:
     terms = terms_of(load(name))
     assert terms is not None
