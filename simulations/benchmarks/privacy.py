@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,34 +16,40 @@ from rich.table import Table
 from common.files import write_json
 from simulations.benchmarks.arms import SHAPES
 from simulations.benchmarks.privacy_grid import FEDERATED, WITHOUT, Point, Result, run_points
+from simulations.benchmarks.privacy_plot import draw
 from simulations.benchmarks.privacy_step import step_costs
 
 STEPS = ("m-qv", "s-all")
 """Shapes whose steps are timed; the first is the headline's."""
 
-_LOT, _REPEATS = 64, 5
+_LOT, _REPEATS = 32, 5
 
 
 def bench(points: Sequence[Point], root: Path, console: Console, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Times private steps, runs the points in `root`, or goes on with them, and returns what `--json` prints.
 
-    Writes privacy.json, and privacy.png where there is more than one epsilon to draw, into `root`.
+    Writes privacy.json, and privacy.png where there is more than one epsilon to draw, into `root` whenever a point is
+    done, so that a grid that was interrupted shows what it has.
     """
     steps = [_steps(name, console) for name in STEPS]
-    results = run_points(points, root, console, overrides)
-    found = {**figures(results), **_ratios(steps[0]), "steps": steps, "points": [r.as_dict() for r in results]}
-    write_json(root / "privacy.json", found)
-    console.print(table(results))
-    if len({result.point.epsilon for result in results if result.point.epsilon != WITHOUT}) > 1:
-        from simulations.benchmarks.privacy_plot import draw
 
-        draw(results, root / "privacy.png")
-        console.print(f"picture: {root / 'privacy.png'}", markup=False, highlight=False)
-    return found
+    def found(results: Sequence[Result]) -> dict[str, Any]:
+        return {**figures(results), **_ratios(steps[0]), "steps": steps, "points": [r.as_dict() for r in results]}
+
+    def write(results: Sequence[Result]) -> None:
+        write_json(root / "privacy.json", found(results))
+        if len({result.point.epsilon for result in results if result.point.epsilon != WITHOUT}) > 1:
+            draw(results, root / "privacy.png")
+
+    results = run_points(points, root, console, overrides, write)
+    console.print(table(results))
+    console.print(f"results: {root}", markup=False, highlight=False)
+    return found(results)
 
 
 def _steps(name: str, console: Console) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what libraries that are stood beside will change one day
         found = step_costs(SHAPES[name], Path(directory), _LOT, _REPEATS)
     console.print(
         f"{name}: a private step takes {found['step_vs_nonprivate']:.2f} x one without privacy, and Opacus's hooks over"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
@@ -119,10 +119,11 @@ def headline(patients: int, seed: int, epsilon: float = EPSILONS[0]) -> tuple[Po
 def grid(patients: Sequence[int], seeds: Sequence[int], epsilons: Sequence[float] = EPSILONS) -> tuple[Point, ...]:
     """Every mode with every method at every epsilon, and without privacy; hospitals alone beside them.
 
-    In an order that tells most first. A hospital alone has no sum to hide in: beside `distributed` stands `record`, and
-    beside `institution` nothing. A hospital alone trains by the first method only, which is the better one.
+    In an order that tells most first: the headline, its mode and method at every epsilon, other modes and methods at
+    the first epsilon, and the rest. A hospital alone has no sum to hide in: beside `distributed` stands `record`, and
+    beside `institution` nothing. Under privacy it trains by the first method only, which is the better one.
     """
-    found: list[Point] = list(headline(patients[0], seeds[0], epsilons[0]))
+    found: list[Point] = []
     for seed, size in product(seeds, patients):
         found += [Point(size, seed, "none", method, WITHOUT) for method in METHODS]
         found += [Point(size, seed, "none", "fedavg", WITHOUT, name) for name in hospitals()]
@@ -130,7 +131,13 @@ def grid(patients: Sequence[int], seeds: Sequence[int], epsilons: Sequence[float
             found += [Point(size, seed, mode, method, epsilon) for method in METHODS]
             if mode in ("patient", "record"):
                 found += [Point(size, seed, mode, METHODS[0], epsilon, name) for name in hospitals()]
-    return tuple(dict.fromkeys(found))
+
+    def place(point: Point) -> tuple[int, int]:
+        ours = (point.mode, point.method) == (MODES[0], METHODS[0]) or point.epsilon == WITHOUT
+        return point.seed, 0 if ours else 1 if point.epsilon == epsilons[0] else 2
+
+    first = headline(patients[0], seeds[0], epsilons[0])
+    return tuple(dict.fromkeys([*first, *sorted(found, key=place)]))
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -297,8 +304,16 @@ def _train(point: Point, config: Config, place: RunDirectory) -> int:
     return coordinate(config, place.root, validation, members, Observer(), roster=roster).progress.best_round
 
 
-def run_points(points: Sequence[Point], root: Path, console: Console, overrides: Sequence[str] = ()) -> list[Result]:
-    """Runs all points, as many at a time as the configuration has actors, in the order given; tells each as it ends.
+def run_points(
+    points: Sequence[Point],
+    root: Path,
+    console: Console,
+    overrides: Sequence[str] = (),
+    on_results: Callable[[Sequence[Result]], None] = lambda _: None,
+) -> list[Result]:
+    """Runs all points, as many at a time as the configuration has actors, in the order given.
+
+    on_results: called with all that is done whenever a point ends.
 
     Raises ConfigError where `root` has points with other overrides, and RunStopped when a process dies: what is done is
     kept.
@@ -317,6 +332,7 @@ def run_points(points: Sequence[Point], root: Path, console: Console, overrides:
                 result = future.result()
                 results[result.point] = result
                 bar.update(task, advance=1)
+                on_results([results[point] for point in points if point in results])
                 console.print(f"{result.point.name}: {result.perplexity:.3f}, {result.seconds:.0f} s", highlight=False)
         except BrokenProcessPool as error:
             raise RunStopped(f"a process of the benchmark died; call it again with --out {root} to go on") from error
