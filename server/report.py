@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
@@ -18,16 +19,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from server import charts
-from server.results import (
-    ACCURACY_TOLERANCE,
-    PERPLEXITY_TOLERANCE,
-    SIGNS,
-    Round,
-    Summary,
-    clean,
-    without_paths,
-)
+from common.files import write_text
+from server import attack_results, charts
+from server.attack_results import Attack
+from server.documents import clean, object_in, text_of
+from server.results import ACCURACY_TOLERANCE, PERPLEXITY_TOLERANCE, SIGNS, Round, Summary, without_paths
 from server.verdict import (
     accuracy_text,
     bytes_text,
@@ -35,6 +31,7 @@ from server.verdict import (
     gap_text,
     hiding_text,
     judge,
+    measure_text,
     perplexity_text,
     seconds_text,
     share_text,
@@ -161,16 +158,44 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "ppl": perplexity_text, "acc": accuracy_text, "bytes": bytes_text, "secs": seconds_text,
-        "gap": gap_text, "share": share_text,
+        "gap": gap_text, "share": share_text, "measure": measure_text,
     }  # fmt: skip
     return environment.from_string(files("server").joinpath("report.html.j2").read_text(encoding="utf-8"))
 
 
-def render(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], config_yaml: str) -> str:
+_REMEDY = "give the name or the directory of a run that has ended"
+
+
+def write(directory: Path, page: Path | None = None) -> dict[str, Any]:
+    """Writes the page of an ended run from what lies in its directory, and returns what its summary.json holds.
+
+    Read are summary.json, metrics.jsonl, config.yaml and the results of attacks, if any. page: where it goes;
+    report.html in the directory when left out.
+
+    Raises:
+        StorageError: a file is missing, damaged, or lacks something (named), or the page cannot be written.
+    """
+    file = directory / "metrics.jsonl"
+    lines = enumerate(text_of(file, _REMEDY).splitlines(), 1)
+    summary = object_in(text_of(directory / "summary.json", _REMEDY), str(directory / "summary.json"))
+    rounds = [object_in(line, f"{file}:{number}") for number, line in lines]
+    config_yaml = text_of(directory / "config.yaml", _REMEDY)
+    written = render(summary, rounds, config_yaml, attack_results.found_in(directory))
+    write_text(page or directory / "report.html", written)
+    return summary
+
+
+def render(
+    summary: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    config_yaml: str,
+    attacks: Sequence[Attack] = (),
+) -> str:
     """The report as one self-contained HTML page.
 
     summary: `summary.json`. rounds: the lines of `metrics.jsonl`, in order; may be empty.
     config_yaml: the resolved configuration, shown with absolute paths cut to their last part.
+    attacks: what attacks on the run found.
 
     Raises:
         StorageError: `summary` or a round lacks something or has it in a wrong type; names it.
@@ -198,6 +223,8 @@ def render(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], conf
         participation=charts.participation([(r.number, r.contributors, r.void) for r in history], len(s.members)),
         history=history,
         phases=_phases(s.seconds),
+        attacks=attacks,
+        verdict_signs=attack_results.SIGNS,
         config="\n".join(clean(line) for line in without_paths(config_yaml).splitlines()),
     )
     return page.lstrip()

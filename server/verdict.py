@@ -82,6 +82,11 @@ def share_text(value: float) -> str:
     return "under 0.1%" if 0 < value < 0.0005 else f"{100 * value:.1f}%"
 
 
+def measure_text(value: float | None) -> str:
+    """Any number in four digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
 def hiding_text(terms: Terms | None) -> str:
     """What secure aggregation kept from the coordinator, in plain sentences."""
     if terms is None:

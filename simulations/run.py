@@ -24,7 +24,6 @@ from server.coordinator import Bench, Observer, Outcome, coordinate
 from server.flower import FlowerMembers
 from server.live import round_line
 from server.rounds import Progress as RunProgress
-from server.rounds import record_as_json
 from server.summary import facts, seconds_of
 from server.terms import launch_line
 from simulations import compare, prepare
@@ -91,8 +90,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     }
     summary = _summary(config, directory, bench, outcome, base, federated, arms, seconds)
     write_json(directory.root / "summary.json", summary)
-    rounds = [record_as_json(record) for record in outcome.progress.history]
-    write_text(directory.root / "report.html", report.render(summary, rounds, config_files.to_yaml(config)))
+    report.write(directory.root)
     console.print(report.tables(summary))
     console.print(f"report: {escape(str(directory.root / 'report.html'))}")
     return summary
