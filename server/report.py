@@ -23,13 +23,13 @@ from common.files import write_text
 from server import attack_results, charts
 from server.attack_results import Attack
 from server.documents import clean, object_in, text_of
+from server.protection import last
 from server.results import ACCURACY_TOLERANCE, PERPLEXITY_TOLERANCE, SIGNS, Round, Summary, without_paths
 from server.verdict import (
     accuracy_text,
     bytes_text,
     comparison_texts,
     gap_text,
-    hiding_text,
     judge,
     measure_text,
     perplexity_text,
@@ -79,7 +79,19 @@ def tables(summary: Mapping[str, Any]) -> Group:
         result = Text(f"{SIGNS[c.outcome]} {c.outcome}", style=_STYLES[c.outcome])
         second.add_row(*map(Text, cells), *([result] if s.home_compared else []))
     line = Text.assemble((found.headline, _STYLES[found.tone]), " ", found.detail)
-    return Group(first, line) if s.deployed else Group(first, second, line)
+    privacy = Text(*_privacy_line(s))
+    return Group(first, line, privacy) if s.deployed else Group(first, second, line, privacy)
+
+
+def _privacy_line(s: Summary) -> tuple[str, str]:
+    """What noise bounds, and the style that it is told in."""
+    spending = s.protection.spending
+    if not s.protection.private:
+        return "No differential privacy: nothing bounds what the adapter tells of a single person's records.", "red"
+    if spending is None:
+        return f"Differential privacy of mode {s.protection.mode}.", ""
+    spent = measure_text(last(spending.curves[0]))
+    return f"Epsilon {spent} per {spending.unit} at delta {spending.delta:g}, mode {s.protection.mode}.", ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ def _curves(s: Summary, rounds: Sequence[Round]) -> list[charts.Curve]:
     accuracies = [(n, score.accuracy) for n, score in scores if score.accuracy is not None]
     highest = max((accuracy for _, accuracy in accuracies), default=0.0)
     losses = [(r.number, r.train_loss) for r in rounds if r.train_loss is not None]
+    spent = _spent(s, span)
     ceiling = next(top for top in (0.05, 0.1, 0.25, 0.5, 1.0) if highest <= 0.95 * top or top == 1.0)
     found = [
         charts.curve(
@@ -139,7 +152,21 @@ def _curves(s: Summary, rounds: Sequence[Round]) -> list[charts.Curve]:
             span=span, best_round=s.best_round, text="{:.3f}".format,
         ),
     ]  # fmt: skip
-    return [curve for curve in found if curve]
+    return [curve for curve in [*found, spent] if curve]
+
+
+def _spent(s: Summary, span: tuple[int, int]) -> charts.Curve | None:
+    """Epsilon over rounds; of several institutions the dearest, and the others beside it."""
+    spending = s.protection.spending
+    if spending is None:
+        return None
+    dearest, *others = spending.curves
+    who = "of the institution that spent most" if others else "of each institution" if spending.ledgers else "implied"
+    return charts.curve(
+        f"Epsilon per {spending.unit}", f"{who}, at delta {spending.delta:g}; lower protects more", dearest,
+        span=span, best_round=s.best_round, text=measure_text,
+        limits=(0.0, 1.06 * last(dearest) or 1.0), others=others,
+    )  # fmt: skip
 
 
 def _phases(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
@@ -206,7 +233,6 @@ def render(
     page = _template().render(
         s=s,
         verdict=judge(s),
-        hiding=hiding_text(s.terms),
         gained=s.with_outcome("gained"),
         arms=list(zip(arms, _strip([(arm.score.perplexity, arm.score.perplexity) for arm in arms]), strict=True)),
         home=list(
@@ -224,6 +250,7 @@ def render(
         history=history,
         phases=_phases(s.seconds),
         attacks=attacks,
+        last=last,
         verdict_signs=attack_results.SIGNS,
         config="\n".join(clean(line) for line in without_paths(config_yaml).splitlines()),
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from server.documents import LONGEST_NAME, Node, clean
+from server.protection import Protection
 
 PERPLEXITY_TOLERANCE = 0.01
 """Relative change of perplexity below which two arms count as even."""
@@ -99,26 +100,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """The numbers on which secure aggregation rested; see `common.secagg.terms`.
-
-    smallest_sum: fewest institutions that a sum covered. dropouts: how many could fall silent. ring_bits: of a masked
-    number.
-    """
-
-    cohort: int
-    colluders: int
-    threshold: int
-    smallest_sum: int
-    dropouts: int
-    ring_bits: int
-
-    @classmethod
-    def read(cls, node: Node) -> Terms:
-        return cls(**{field.name: node[field.name].whole() for field in fields(cls)})
-
-
-@dataclass(frozen=True)
 class Summary:
     """The part of `summary.json` that the report tells. Names are cleaned; nothing here holds a path.
 
@@ -126,9 +107,9 @@ class Summary:
     home: each institution's own test, to federated from local-only, or from the base if no comparison was run.
     home_compared: whether `home` starts from local-only.
     bytes_up, bytes_down: of one institution in one round. seconds: by phase, in order, with "total".
-    secure_aggregation_share: of the rounds' seconds; None where it was off or not measured. terms: None where it was
-    off or not told. run: the name of a run of real institutions, whose own scores nobody but they know; empty for a
-    simulation. delivered: who has the adapter, of such a run.
+    secure_aggregation_share: of the rounds' seconds; None where it was off or not measured. run: the name of a run of
+    real institutions, whose own scores nobody but they know; empty for a simulation. delivered: who has the adapter,
+    of such a run.
     """
 
     name: str
@@ -155,11 +136,8 @@ class Summary:
     adapter_parameters: int
     void_updates: int
     seconds: Mapping[str, float]
-    secure_aggregation: bool
     secure_aggregation_share: float | None
-    terms: Terms | None
-    privacy_mode: str
-    privacy_details: tuple[tuple[str, str], ...]
+    protection: Protection
     base_model: tuple[tuple[str, str], ...]
     versions: tuple[tuple[str, str], ...]
     started: str
@@ -174,7 +152,7 @@ class Summary:
             StorageError: something is missing or of the wrong type; names it.
         """
         root = Node(data, "summary.json")
-        everyone, privacy = root["everyone"], root["privacy"]
+        everyone = root["everyone"]
         best, pooled, gap, best_round = (
             everyone.get("local_best"), everyone.get("pooled"), root.get("gap_closed"), root.get("best_round")
         )  # fmt: skip
@@ -186,7 +164,7 @@ class Summary:
             before = node.get("local" if compared else "base")
             home.append(Comparison(name, None if before is None else Score.read(before), Score.read(node["federated"])))
         gap_closed = None if gap is None else gap.number()
-        share, terms = root.get("secure_aggregation_share"), privacy.get("terms")
+        share = root.get("secure_aggregation_share")
         return cls(
             name=clean(root["name"].text(), LONGEST_NAME),
             method=root["method"].text(),
@@ -212,15 +190,8 @@ class Summary:
             adapter_parameters=root["parameters"]["adapter"].whole(),
             void_updates=root["void_updates"].whole(),
             seconds={name: node.number() for name, node in root["seconds"].items()},
-            secure_aggregation=privacy["secure_aggregation"].flag(),
             secure_aggregation_share=None if share is None else share.number(),
-            terms=None if terms is None else Terms.read(terms),
-            privacy_mode=privacy["mode"].text(),
-            privacy_details=tuple(
-                (name, node.plain())
-                for name, node in privacy.items()
-                if name not in {"secure_aggregation", "mode", "terms"}
-            ),
+            protection=Protection.read(root["privacy"]),
             base_model=tuple((name, without_paths(node.plain())) for name, node in root["base_model"].items()),
             versions=tuple((name, without_paths(node.plain())) for name, node in root["versions"].items()),
             started=_moment(root["started"].text()),

@@ -30,6 +30,7 @@ from simulations import compare, prepare
 from simulations.compare import ArmScores
 from simulations.identities import SimulatedIdentities
 from simulations.layout import RunDirectory
+from simulations.spending import spending
 
 
 def run(config: Config, out: Path, console: Console) -> dict[str, Any]:
@@ -171,8 +172,13 @@ def _summary(
             local[best].everyone.perplexity, federated.everyone.perplexity, arms[POOLED].everyone.perplexity
         )
     began = json.loads((directory.root / "started.json").read_text())["started"]
+    found = facts(config, outcome, bench, seconds, began)
+    if config.privacy.private:
+        found["privacy"] |= {"ledgers": spending(config, directory, outcome.progress.round)}
+        if arms:
+            found["privacy"] |= {"arms": compare.ARM_MODES.get(config.privacy.mode, config.privacy.mode)}
     return {
-        **facts(config, outcome, bench, seconds, began),
+        **found,
         "everyone": everyone,
         "own": {
             name: {
