@@ -9,7 +9,7 @@ from itertools import groupby
 from client.ledger import Entry, Spent, spent_by
 from client.policy_file import InstitutionPolicy, Population
 from common.config import Config, PrivacyConfig
-from common.privacy.accounting import Epsilon, Event, epsilon, noise_for, times_left
+from common.privacy.accounting import Epsilon, Event, epsilon, moments, noise_for, times_left
 from common.privacy.mechanism import noise_multiplier, steps_per_round
 
 
@@ -62,7 +62,6 @@ def account(spent: Sequence[Spent], population: Population, points: int) -> Acco
     delta = population.delta
     total = _epsilon(spent, delta)
     last = len(spent)
-    numbers = sorted({max(1, round(last * (place + 1) / points)) for place in range(points)}) if last else []
     by_run = [(name, list(own)) for name, own in groupby(sorted(spent, key=_run), key=_run)]
     first = {entry.run: entry.number for entry in reversed(spent)}
     return Account(
@@ -77,7 +76,7 @@ def account(spent: Sequence[Spent], population: Population, points: int) -> Acco
         ),
         points=tuple(
             Point(number, spent[number - 1].run, spent[number - 1].round, _epsilon(spent[:number], delta))
-            for number in numbers
+            for number in moments(last, points)
         ),
     )
 

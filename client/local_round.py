@@ -89,7 +89,7 @@ class LocalRound:
             write_text(self.directory / "settings.json", settings.to_json())
         if settings.privacy.mode == "distributed":
             return self._summed_gradients(start, model)
-        store = StateStore(self.directory / "state")
+        store = StateStore(self.directory / self._state)
         scores = Scores()
         if settings.evaluate:
             model.write(start)
@@ -139,6 +139,15 @@ class LocalRound:
         step = NoisedStep(sigma, privacy.clip, privacy.sampling_rate)
         noise = self._noise("training")
         return train_privately(model, self._units(), start, state, self._config, step, assignment, noise), 0
+
+    @property
+    def _state(self) -> str:
+        """The directory of what is kept between rounds.
+
+        Noised steps go on from what noised steps left behind, and from nothing else: moments of others would bring into
+        an update what its noise does not cover, were a run's mode another one in a later round.
+        """
+        return "noised-state" if self.plan.settings.privacy.mode in (RECORD, PATIENT) else "state"
 
     def _summed_gradients(self, start: Adapter, model: LoraModel) -> Update:
         """Of mode `distributed`: minus the sum of one lot's clipped gradients [parameters], float64, without noise."""

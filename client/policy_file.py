@@ -24,6 +24,7 @@ from common.errors import Refusal, StorageError
 from common.files import write_json
 from common.messages import Hello, Plan
 from common.methods import METHODS
+from common.privacy.mechanism import UNITS
 from common.private_files import locked, private_directory
 from common.secagg.canonical import canonical
 from common.secagg.identity import Roster
@@ -39,14 +40,6 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 """What a policy may let out, and the counters of a vector that it stands for. A mean needs both."""
 
 NONE = "none"
-UNITS: Mapping[str, str] = {
-    "record": "record",
-    "patient": "patient",
-    "institution": "institution",
-    "distributed": "record",
-}
-"""The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
-
 
 log = logging.getLogger("silotune.client")
 

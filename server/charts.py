@@ -42,6 +42,7 @@ class Curve:
     """A line over rounds.
 
     lines: point lists in percent, one for each unbroken stretch; a value that cannot be drawn breaks the line.
+    others: point lists of curves beside it, drawn fainter and without read-outs.
     best: the published round, if it was measured here.
     summary: the curve in words, for who cannot see it.
     """
@@ -54,6 +55,7 @@ class Curve:
     lines: tuple[str, ...]
     dots: tuple[Dot, ...]
     best: Dot | None
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def curve(
     tick_text: Callable[[float], str] = "{:g}".format,
     log: bool = False,
     limits: tuple[float, float] | None = None,
+    others: Sequence[Sequence[tuple[int, float]]] = (),
 ) -> Curve | None:
     """Lay out one curve.
 
@@ -130,6 +133,7 @@ def curve(
     span: first and last round of the run, so that all curves of a page share their x axis.
     text, tick_text: how a value reads in a label, and on the axis.
     limits: ends of the y axis; taken from the values when not given.
+    others: curves beside it, within the same limits.
 
     Returns None when no value can be drawn.
     """
@@ -172,7 +176,8 @@ def curve(
         summary += f"; published {best.label}"
     lines = tuple(" ".join(stretch) for stretch in stretches if len(stretch) > 1)
     y_ticks = tuple(Tick(height(mark), tick_text(mark)) for mark in marks)
-    return Curve(title, note, summary, x_ticks, y_ticks, lines, dots, best)
+    beside = tuple(" ".join(f"{place(n)},{height(v)}" for n, v in other) for other in others if len(other) > 1)
+    return Curve(title, note, summary, x_ticks, y_ticks, lines, dots, best, beside)
 
 
 def participation(rounds: Sequence[tuple[int, int, int]], roster: int) -> Participation | None:

@@ -31,7 +31,6 @@ from server.flower import FlowerMembers
 from server.home import ServerHome
 from server.live import Board
 from server.operator import Operator
-from server.rounds import record_as_json
 from server.runs import COMPLETE, FAILED, RUNNING, STOPPED, Run, Status
 from server.superlink import Endpoint, SuperLinkHome
 
@@ -156,8 +155,7 @@ def _conduct(
     else:
         found = _summary(run, config, outcome, bench, lambda: time.perf_counter() - began + before)
     write_json(run.summary, found)
-    rounds = [record_as_json(record) for record in outcome.progress.history]
-    write_text(run.report, report.render(found, rounds, config_files.to_yaml(config)))
+    report.write(run.root)
     if missing := [name for name in config.data.names if name not in outcome.delivered]:
         to.tell(Text(f"without the adapter yet: {', '.join(missing)}; silotune-server resume {run.name} hands it out"))
     return found

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
@@ -18,23 +19,19 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from server import charts
-from server.results import (
-    ACCURACY_TOLERANCE,
-    PERPLEXITY_TOLERANCE,
-    SIGNS,
-    Round,
-    Summary,
-    clean,
-    without_paths,
-)
+from common.files import write_text
+from server import attack_results, charts
+from server.attack_results import Attack
+from server.documents import clean, object_in, text_of
+from server.protection import last
+from server.results import ACCURACY_TOLERANCE, PERPLEXITY_TOLERANCE, SIGNS, Round, Summary, without_paths
 from server.verdict import (
     accuracy_text,
     bytes_text,
     comparison_texts,
     gap_text,
-    hiding_text,
     judge,
+    measure_text,
     perplexity_text,
     seconds_text,
     share_text,
@@ -82,7 +79,19 @@ def tables(summary: Mapping[str, Any]) -> Group:
         result = Text(f"{SIGNS[c.outcome]} {c.outcome}", style=_STYLES[c.outcome])
         second.add_row(*map(Text, cells), *([result] if s.home_compared else []))
     line = Text.assemble((found.headline, _STYLES[found.tone]), " ", found.detail)
-    return Group(first, line) if s.deployed else Group(first, second, line)
+    privacy = Text(*_privacy_line(s))
+    return Group(first, line, privacy) if s.deployed else Group(first, second, line, privacy)
+
+
+def _privacy_line(s: Summary) -> tuple[str, str]:
+    """What noise bounds, and the style that it is told in."""
+    spending = s.protection.spending
+    if not s.protection.private:
+        return "No differential privacy: nothing bounds what the adapter tells of a single person's records.", "red"
+    if spending is None:
+        return f"Differential privacy of mode {s.protection.mode}.", ""
+    spent = measure_text(last(spending.curves[0]))
+    return f"Epsilon {spent} per {spending.unit} at delta {spending.delta:g}, mode {s.protection.mode}.", ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,7 @@ def _curves(s: Summary, rounds: Sequence[Round]) -> list[charts.Curve]:
     accuracies = [(n, score.accuracy) for n, score in scores if score.accuracy is not None]
     highest = max((accuracy for _, accuracy in accuracies), default=0.0)
     losses = [(r.number, r.train_loss) for r in rounds if r.train_loss is not None]
+    spent = _spent(s, span)
     ceiling = next(top for top in (0.05, 0.1, 0.25, 0.5, 1.0) if highest <= 0.95 * top or top == 1.0)
     found = [
         charts.curve(
@@ -142,7 +152,21 @@ def _curves(s: Summary, rounds: Sequence[Round]) -> list[charts.Curve]:
             span=span, best_round=s.best_round, text="{:.3f}".format,
         ),
     ]  # fmt: skip
-    return [curve for curve in found if curve]
+    return [curve for curve in [*found, spent] if curve]
+
+
+def _spent(s: Summary, span: tuple[int, int]) -> charts.Curve | None:
+    """Epsilon over rounds; of several institutions the dearest, and the others beside it."""
+    spending = s.protection.spending
+    if spending is None:
+        return None
+    dearest, *others = spending.curves
+    who = "of the institution that spent most" if others else "of each institution" if spending.ledgers else "implied"
+    return charts.curve(
+        f"Epsilon per {spending.unit}", f"{who}, at delta {spending.delta:g}; lower protects more", dearest,
+        span=span, best_round=s.best_round, text=measure_text,
+        limits=(0.0, 1.06 * last(dearest) or 1.0), others=others,
+    )  # fmt: skip
 
 
 def _phases(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
@@ -161,16 +185,44 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "ppl": perplexity_text, "acc": accuracy_text, "bytes": bytes_text, "secs": seconds_text,
-        "gap": gap_text, "share": share_text,
+        "gap": gap_text, "share": share_text, "measure": measure_text,
     }  # fmt: skip
     return environment.from_string(files("server").joinpath("report.html.j2").read_text(encoding="utf-8"))
 
 
-def render(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], config_yaml: str) -> str:
+_REMEDY = "give the name or the directory of a run that has ended"
+
+
+def write(directory: Path, page: Path | None = None) -> dict[str, Any]:
+    """Writes the page of an ended run from what lies in its directory, and returns what its summary.json holds.
+
+    Read are summary.json, metrics.jsonl, config.yaml and the results of attacks, if any. page: where it goes;
+    report.html in the directory when left out.
+
+    Raises:
+        StorageError: a file is missing, damaged, or lacks something (named), or the page cannot be written.
+    """
+    file = directory / "metrics.jsonl"
+    lines = enumerate(text_of(file, _REMEDY).splitlines(), 1)
+    summary = object_in(text_of(directory / "summary.json", _REMEDY), str(directory / "summary.json"))
+    rounds = [object_in(line, f"{file}:{number}") for number, line in lines]
+    config_yaml = text_of(directory / "config.yaml", _REMEDY)
+    written = render(summary, rounds, config_yaml, attack_results.found_in(directory))
+    write_text(page or directory / "report.html", written)
+    return summary
+
+
+def render(
+    summary: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    config_yaml: str,
+    attacks: Sequence[Attack] = (),
+) -> str:
     """The report as one self-contained HTML page.
 
     summary: `summary.json`. rounds: the lines of `metrics.jsonl`, in order; may be empty.
     config_yaml: the resolved configuration, shown with absolute paths cut to their last part.
+    attacks: what attacks on the run found.
 
     Raises:
         StorageError: `summary` or a round lacks something or has it in a wrong type; names it.
@@ -181,7 +233,6 @@ def render(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], conf
     page = _template().render(
         s=s,
         verdict=judge(s),
-        hiding=hiding_text(s.terms),
         gained=s.with_outcome("gained"),
         arms=list(zip(arms, _strip([(arm.score.perplexity, arm.score.perplexity) for arm in arms]), strict=True)),
         home=list(
@@ -198,6 +249,9 @@ def render(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], conf
         participation=charts.participation([(r.number, r.contributors, r.void) for r in history], len(s.members)),
         history=history,
         phases=_phases(s.seconds),
+        attacks=attacks,
+        last=last,
+        verdict_signs=attack_results.SIGNS,
         config="\n".join(clean(line) for line in without_paths(config_yaml).splitlines()),
     )
     return page.lstrip()

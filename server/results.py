@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from common.errors import StorageError
+from server.documents import LONGEST_NAME, Node, clean
+from server.protection import Protection
 
 PERPLEXITY_TOLERANCE = 0.01
 """Relative change of perplexity below which two arms count as even."""
@@ -24,85 +24,8 @@ ACCURACY_TOLERANCE = 0.05
 SMALL_GAP = 1.05
 """Below this ratio of perplexities, best local-only to pooled, `gap_closed` divides by next to nothing."""
 
-LONGEST_NAME = 80
-"""Characters shown of a name; the rest is cut, so that one name cannot fill the page."""
-
 SIGNS = {"gained": "▲", "lost": "▼", "even": "=", "mixed": "◆", "not compared": "–"}
 """Outcomes of a comparison, each with a sign: colour alone never carries a meaning."""
-
-
-def clean(text: str, most: int | None = None) -> str:
-    """Text without control, direction-changing or unpaired characters, cut to `most`."""
-    kept = "".join(
-        c if c.isprintable() or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-    return kept if most is None or len(kept) <= most else kept[: most - 1] + "…"
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A place in a JSON document that knows its own path, so that an error can name it."""
-
-    value: Any
-    path: str
-
-    def _refuse(self, expected: str) -> StorageError:
-        found = repr(self.value)
-        found = found if len(found) <= 60 else found[:59] + "…"
-        return StorageError(f"{self.path}: expected {expected}, found {found}; is this a finished run's directory?")
-
-    def get(self, key: str) -> _Node | None:
-        """The value under `key`, or None when it is missing or null."""
-        if not isinstance(self.value, Mapping):
-            raise self._refuse("an object")
-        value = self.value.get(key)
-        return None if value is None else _Node(value, f"{self.path}.{key}")
-
-    def __getitem__(self, key: str) -> _Node:
-        node = self.get(key)
-        if node is None:
-            raise StorageError(
-                f"{self.path}: expected a value for {key!r}, found none; is this a finished run's directory?"
-            )
-        return node
-
-    def items(self) -> Iterator[tuple[str, _Node]]:
-        if not isinstance(self.value, Mapping):
-            raise self._refuse("an object")
-        for key, value in self.value.items():
-            yield clean(str(key), LONGEST_NAME), _Node(value, f"{self.path}.{key}")
-
-    def elements(self) -> Iterator[_Node]:
-        if not isinstance(self.value, list | tuple):
-            raise self._refuse("a list")
-        for i, value in enumerate(self.value):
-            yield _Node(value, f"{self.path}[{i}]")
-
-    def number(self) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
-            raise self._refuse("a number")
-        return float(self.value)
-
-    def whole(self) -> int:
-        if isinstance(self.value, bool) or not isinstance(self.value, int):
-            raise self._refuse("a whole number")
-        return self.value
-
-    def flag(self) -> bool:
-        if not isinstance(self.value, bool):
-            raise self._refuse("true or false")
-        return self.value
-
-    def text(self) -> str:
-        if not isinstance(self.value, str):
-            raise self._refuse("a text")
-        return clean(self.value, 200)
-
-    def plain(self) -> str:
-        """Any scalar as a short text."""
-        if isinstance(self.value, bool):
-            return "yes" if self.value else "no"
-        return clean("none" if self.value is None else str(self.value), 200)
 
 
 @dataclass(frozen=True)
@@ -113,7 +36,7 @@ class Score:
     accuracy: float | None
 
     @classmethod
-    def read(cls, node: _Node) -> Score:
+    def read(cls, node: Node) -> Score:
         """Read one; a perplexity that is missing or NaN is one that could not be computed, so infinite."""
         given, accuracy = node.get("perplexity"), node.get("accuracy")
         perplexity = math.inf if given is None else given.number()
@@ -177,26 +100,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """The numbers on which secure aggregation rested; see `common.secagg.terms`.
-
-    smallest_sum: fewest institutions that a sum covered. dropouts: how many could fall silent. ring_bits: of a masked
-    number.
-    """
-
-    cohort: int
-    colluders: int
-    threshold: int
-    smallest_sum: int
-    dropouts: int
-    ring_bits: int
-
-    @classmethod
-    def read(cls, node: _Node) -> Terms:
-        return cls(**{field.name: node[field.name].whole() for field in fields(cls)})
-
-
-@dataclass(frozen=True)
 class Summary:
     """The part of `summary.json` that the report tells. Names are cleaned; nothing here holds a path.
 
@@ -204,9 +107,9 @@ class Summary:
     home: each institution's own test, to federated from local-only, or from the base if no comparison was run.
     home_compared: whether `home` starts from local-only.
     bytes_up, bytes_down: of one institution in one round. seconds: by phase, in order, with "total".
-    secure_aggregation_share: of the rounds' seconds; None where it was off or not measured. terms: None where it was
-    off or not told. run: the name of a run of real institutions, whose own scores nobody but they know; empty for a
-    simulation. delivered: who has the adapter, of such a run.
+    secure_aggregation_share: of the rounds' seconds; None where it was off or not measured. run: the name of a run of
+    real institutions, whose own scores nobody but they know; empty for a simulation. delivered: who has the adapter,
+    of such a run.
     """
 
     name: str
@@ -233,11 +136,8 @@ class Summary:
     adapter_parameters: int
     void_updates: int
     seconds: Mapping[str, float]
-    secure_aggregation: bool
     secure_aggregation_share: float | None
-    terms: Terms | None
-    privacy_mode: str
-    privacy_details: tuple[tuple[str, str], ...]
+    protection: Protection
     base_model: tuple[tuple[str, str], ...]
     versions: tuple[tuple[str, str], ...]
     started: str
@@ -251,8 +151,8 @@ class Summary:
         Raises:
             StorageError: something is missing or of the wrong type; names it.
         """
-        root = _Node(data, "summary.json")
-        everyone, privacy = root["everyone"], root["privacy"]
+        root = Node(data, "summary.json")
+        everyone = root["everyone"]
         best, pooled, gap, best_round = (
             everyone.get("local_best"), everyone.get("pooled"), root.get("gap_closed"), root.get("best_round")
         )  # fmt: skip
@@ -264,7 +164,7 @@ class Summary:
             before = node.get("local" if compared else "base")
             home.append(Comparison(name, None if before is None else Score.read(before), Score.read(node["federated"])))
         gap_closed = None if gap is None else gap.number()
-        share, terms = root.get("secure_aggregation_share"), privacy.get("terms")
+        share = root.get("secure_aggregation_share")
         return cls(
             name=clean(root["name"].text(), LONGEST_NAME),
             method=root["method"].text(),
@@ -290,15 +190,8 @@ class Summary:
             adapter_parameters=root["parameters"]["adapter"].whole(),
             void_updates=root["void_updates"].whole(),
             seconds={name: node.number() for name, node in root["seconds"].items()},
-            secure_aggregation=privacy["secure_aggregation"].flag(),
             secure_aggregation_share=None if share is None else share.number(),
-            terms=None if terms is None else Terms.read(terms),
-            privacy_mode=privacy["mode"].text(),
-            privacy_details=tuple(
-                (name, node.plain())
-                for name, node in privacy.items()
-                if name not in {"secure_aggregation", "mode", "terms"}
-            ),
+            protection=Protection.read(root["privacy"]),
             base_model=tuple((name, without_paths(node.plain())) for name, node in root["base_model"].items()),
             versions=tuple((name, without_paths(node.plain())) for name, node in root["versions"].items()),
             started=_moment(root["started"].text()),
@@ -342,11 +235,11 @@ class Summary:
         return [c.name for c in self.home if c.outcome == kind] if self.home_compared else []
 
 
-def _names(node: _Node | None) -> tuple[str, ...]:
+def _names(node: Node | None) -> tuple[str, ...]:
     return tuple(clean(part.text(), LONGEST_NAME) for part in node.elements()) if node else ()
 
 
-def _absences(node: _Node | None) -> tuple[tuple[str, str, int], ...]:
+def _absences(node: Node | None) -> tuple[tuple[str, str, int], ...]:
     """Institution, reason code and number of rounds it missed for that reason."""
     if not node:
         return ()
@@ -373,7 +266,7 @@ class Round:
         Raises:
             StorageError: something is missing or of the wrong type; names it.
         """
-        node = _Node(data, "metrics.jsonl")
+        node = Node(data, "metrics.jsonl")
         loss, validation = node.get("train_loss"), node.get("validation")
         return cls(
             number=node["round"].whole(),

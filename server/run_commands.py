@@ -12,7 +12,6 @@ from common import cli
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from common.errors import SilotuneError
     from common.secagg.identity import Identity
     from server.home import ServerHome
     from server.runs import Run, Status
@@ -192,20 +191,14 @@ def report(
     as_json: cli.Json = False,
 ) -> None:
     """Write the report of a finished run again, and print its tables."""
-    from common.files import write_text
     from server import runs
     from server.home import ServerHome
-    from server.report import render, tables
+    from server.report import tables, write
 
     known = runs.Run(ServerHome.at(home).runs / which) if runs.is_name(which) else None
     directory = known.root if known is not None and known.config.is_file() else Path(which)
-    summary = _json_object(_text(directory / "summary.json"), str(directory / "summary.json"))
-    rounds = [
-        _json_object(line, f"{directory / 'metrics.jsonl'}:{number}")
-        for number, line in enumerate(_text(directory / "metrics.jsonl").splitlines(), 1)
-    ]
     page = out or directory / "report.html"
-    write_text(page, render(summary, rounds, _text(directory / "config.yaml")))
+    summary = write(directory, page)
     with cli.progress_console(as_json) as console:
         console.print(tables(summary))
         console.print(f"written to {page}", markup=False, highlight=False)
@@ -349,28 +342,3 @@ def _show_services(home: ServerHome, as_json: bool) -> None:
                 "runs": [_described(run, stands) for run, stands in under_way],
             }
         )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(str(path), f"{error}; give the name or the directory of a run that has ended") from error
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    import json
-
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise _unreadable(where, f"not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise _unreadable(where, f"expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-def _unreadable(where: str, why: str) -> SilotuneError:
-    from common.errors import StorageError
-
-    return StorageError(f"{where}: {why}")

@@ -20,7 +20,7 @@ from common.config import Config
 from common.errors import ConfigError, StorageError
 from common.files import storage_errors, write_json
 from common.private_files import private_directory, writing
-from server.results import clean
+from server.documents import clean
 
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 STATES = (RUNNING, COMPLETE, STOPPED, FAILED)

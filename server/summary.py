@@ -11,7 +11,8 @@ from common.base_model import fingerprint
 from common.config import Config
 from common.fixed_point import Layout
 from common.methods import method_named
-from common.privacy.mechanism import cost, round_event, shared_noise
+from common.privacy.accounting import Epsilon, epsilon, over_rounds
+from common.privacy.mechanism import UNITS, round_event, shared_noise
 from server.coordinator import Bench, Outcome
 from server.rounds import Progress, RoundRecord, stopped_early
 from server.terms import terms_of
@@ -42,7 +43,7 @@ def facts(config: Config, outcome: Outcome, bench: Bench, seconds: Mapping[str, 
         "void_updates": sum(record.void for record in history),
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
         "secure_aggregation_share": None if share is None else round(share, 4),
-        "privacy": privacy(config, outcome.refused, trained_parameters(config, progress), progress.round),
+        "privacy": privacy(config, outcome.refused, trained_parameters(config, progress), history),
         "base_model": {"name": config.model.path, **fingerprint(config.model.path).as_dict()},
         "versions": {library: version(library) for library in LIBRARIES},
         "started": started,
@@ -68,11 +69,16 @@ def trained_parameters(config: Config, progress: Progress) -> int:
     return sum(adapter.factors[key].size for key in method_named(config.federation.method).trained(adapter))
 
 
-def privacy(config: Config, absent: Collection[str], parameters: int, rounds: int) -> dict[str, Any]:
+MOST_MOMENTS = 30
+"""Rounds that epsilon is told after; of a longer run so many of them, evenly spread."""
+
+
+def privacy(config: Config, absent: Collection[str], parameters: int, history: Sequence[RoundRecord]) -> dict[str, Any]:
     """What protected the updates of all institutions but the absent ones, and what did not.
 
-    parameters: of an update. rounds: that were run; epsilon is what so many cost an institution that took part in all
-    of them, each in one attempt.
+    parameters: of an update. history: rounds that were run. epsilon is what the settings say that these cost an
+    institution that took part in all of them and, in modes with noise in shares, in every attempt; `implied` is the
+    same after each round. What an institution has really spent stands in its own ledger.
     """
     said = config.privacy
     found: dict[str, Any] = {"secure_aggregation": config.secure_aggregation.enabled, "mode": said.mode}
@@ -80,16 +86,20 @@ def privacy(config: Config, absent: Collection[str], parameters: int, rounds: in
     passes, planned = config.train.passes_per_round, config.federation.rounds
     event = round_event(said, config.quantise, passes, planned, parameters, terms)
     if event is not None:
-        spent = cost(event, rounds, said.delta)
+        # A noised update that was stored is sent again; noise in shares is drawn anew, over the same data.
+        times = [record.attempts if said.shared_noise else 1 for record in history]
+        spent = over_rounds([[event] * attempts for attempts in times], said.delta, MOST_MOMENTS)
+        last = spent[-1][1] if spent else epsilon([], said.delta)
         found |= {
-            "unit": {"distributed": "record"}.get(said.mode, said.mode),
-            "epsilon": round(spent.bound, 4),
+            "unit": UNITS[said.mode],
+            "epsilon": round(last.bound, 4),
             "delta": said.delta,
-            "epsilon_rdp": round(spent.rdp, 4),
+            "epsilon_rdp": round(last.rdp, 4),
             "noise_multiplier": event.sigma,
             "clip": said.clip,
             "sampling_rate": event.q,
-            "steps": event.steps * rounds,
+            "steps": event.steps * sum(times),
+            "implied": as_pairs(spent),
         }
     if terms is None:
         return found
@@ -98,6 +108,11 @@ def privacy(config: Config, absent: Collection[str], parameters: int, rounds: in
         parameters=0, members=terms.members, **asdict(config.quantise), headroom=noise.headroom if noise else 0
     )
     return {**found, "terms": {**terms.as_dict(), "ring_bits": layout.ring_bits}}
+
+
+def as_pairs(spent: Sequence[tuple[int, Epsilon]]) -> list[list[float]]:
+    """Rounds with what was spent after each, as summary.json has them."""
+    return [[number, round(found.bound, 4)] for number, found in spent]
 
 
 def absences(history: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:

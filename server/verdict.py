@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.results import SMALL_GAP, Comparison, Score, Summary, Terms
+from server.results import SMALL_GAP, Comparison, Score, Summary
 
 
 def perplexity_text(value: float) -> str:
@@ -82,17 +82,9 @@ def share_text(value: float) -> str:
     return "under 0.1%" if 0 < value < 0.0005 else f"{100 * value:.1f}%"
 
 
-def hiding_text(terms: Terms | None) -> str:
-    """What secure aggregation kept from the coordinator, in plain sentences."""
-    if terms is None:
-        return "Updates were masked; the coordinator learned their sum only."
-    among = "one of them colluded" if terms.colluders == 1 else f"up to {terms.colluders} of them colluded"
-    silent = f"Up to {terms.dropouts}" if terms.dropouts else "None"
-    return (
-        f"Updates were masked: the coordinator learned only sums over at least {terms.smallest_sum} institutions, and"
-        f" no single update, also if {among} with it. {silent} of the {terms.cohort} institutions of a round could fall"
-        " silent without stopping it."
-    )
+def measure_text(value: float | None) -> str:
+    """Any number in four digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(name: str) -> str:

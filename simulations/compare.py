@@ -26,6 +26,9 @@ from simulations.layout import RunDirectory
 from simulations.members import InProcessMembers
 from simulations.processes import process_pool
 
+ARM_MODES = {"distributed": "record", "institution": "none"}
+"""What stands for a mode of differential privacy in an arm, where it cannot be the same."""
+
 
 @dataclass(frozen=True)
 class ArmScores:
@@ -44,13 +47,26 @@ def arm_config(config: Config, arm: str) -> Config:
 
     Between rounds an arm is scored by perplexity alone, which is what the published round is chosen by. Its updates are
     not masked: a federation of one in this process has nobody to hide from.
+
+    Its privacy has the federation's unit, target and noise, and a ledger of its own. Noise in shares needs a sum of
+    many: what `distributed` bounds, `record` bounds with one step a round over the same lots. With the institution as
+    the unit nothing is left to protect where none sends anything, and arms have no noise.
     """
     tuned: ArmConfig = config.compare.pooled if arm == POOLED else config.compare.local
+    passes, mode = config.train.passes_per_round, ARM_MODES.get(config.privacy.mode, config.privacy.mode)
+    if config.privacy.mode == "distributed":
+        passes = config.privacy.sampling_rate
     return replace(
         config,
         name=f"{config.name}-{arm}",
+        privacy=replace(config.privacy, mode=mode),
         data=replace(config.data, institutions=named(arm), train_records=[]),
-        train=replace(config.train, batch_size=tuned.batch_size, learning_rate=tuned.learning_rate),
+        train=replace(
+            config.train,
+            batch_size=tuned.batch_size,
+            learning_rate=tuned.learning_rate,
+            passes_per_round=passes,
+        ),
         federation=replace(
             config.federation,
             fraction=1.0,

@@ -85,8 +85,9 @@ def virtual(
     ledger = None
     if config.privacy.private:
         # The same key whenever the run is taken up again.
-        private_directory(home / "ledger")
-        ledger = Ledger(home / "ledger", Identity(name, keep_identity_key(home / "ledger" / "identity.pem", None)))
+        place = directory.ledger(name)
+        private_directory(place)
+        ledger = Ledger(place, Identity(name, keep_identity_key(place / "identity.pem", None)))
         ledger.begin()
     kind = SilentInstitution if _faults(config).get(name) == SILENT else Institution
     return kind(

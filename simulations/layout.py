@@ -33,6 +33,10 @@ class RunDirectory:
     def institutions(self) -> Path:
         return self.root / "institutions"
 
+    def ledger(self, name: str) -> Path:
+        """The privacy ledger of a virtual client."""
+        return self.institutions / name / "ledger"
+
     @property
     def pooled_records(self) -> Path:
         """Where the institution of the pooled arm has its folder."""

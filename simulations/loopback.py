@@ -7,6 +7,7 @@ from real institutions is where they are, that one person holds all keys, and th
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -23,10 +24,12 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from client.ledger_account import round_event
 from common import config_files
 from common.config import COORDINATOR, Config, FileConfig, named
 from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_text
+from common.privacy.accounting import epsilon
 from common.records import write_jsonl
 from simulations import prepare
 
@@ -70,12 +73,14 @@ class Result:
     """What came of it.
 
     summary: of the run, as the coordinator has it. adapters: what each institution finds of the published adapter on
-    its own records. egress: entries of each institution's egress log, all verified. seconds: by step.
+    its own records. egress: entries of each institution's egress log, all verified. ledgers: what each one's privacy
+    ledger, verified, says of its records; empty without differential privacy. seconds: by step.
     """
 
     summary: Mapping[str, Any]
     adapters: Mapping[str, Mapping[str, Any]]
     egress: Mapping[str, int]
+    ledgers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +88,7 @@ class Result:
             "summary": self.summary,
             "adapters": self.adapters,
             "egress": self.egress,
+            "ledgers": self.ledgers,
             "seconds": {step: round(value, 2) for step, value in self.seconds.items()},
         }
 
@@ -95,12 +101,46 @@ def federate(config: Config, root: Path, say: Say, local: bool = True) -> Result
 
     Raises ConfigError when `root` holds something, RunStopped when a step fails, with what it said.
     """
+    watch = Watch()
+    with standing(config, root, say, watch) as place:
+        summary = call(say, "silotune-server", "run", str(place.config), home=place.server)
+        watch.lap("run")
+    watch.lap("stop")
+    options = () if local else ("--no-local",)
+    adapters = {
+        name: call(
+            say, "silotune-client", "adapter", "evaluate", str(summary["run"]), *options, home=place.client(name)
+        )
+        for name in place.names
+    }
+    watch.lap("evaluate")
+    egress = {}
+    for name in place.names:
+        found = call(say, "silotune-client", "log", "verify", home=place.client(name))
+        egress[name] = int(found["entries"])
+    ledgers = {name: _ledger(place.client(name), say) for name in place.names} if config.privacy.private else {}
+    return Result(summary, adapters, egress, ledgers, watch.seconds)
+
+
+def _ledger(home: Path, say: Say) -> Mapping[str, Any]:
+    """What an institution's ledger, verified, says of its records."""
+    call(say, "silotune-client", "ledger", "verify", home=home)
+    found: Mapping[str, Any] = call(say, "silotune-client", "ledger", "show", home=home)["populations"][0]
+    return found
+
+
+@contextmanager
+def standing(config: Config, root: Path, say: Say, watch: Watch | None = None) -> Iterator[Loopback]:
+    """A deployment for runs of `config` in the new directory `root`, everybody enrolled, started and connected.
+
+    Its processes end with the block. Raises what `federate` raises.
+    """
+    watch = watch or Watch()
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()):
             raise ConfigError(f"{root}: expected a new or empty directory, found files in it; choose another")
     place = Loopback(root.resolve(), config.data.names)
-    watch = _Watch()
     _write_records(config, place)
     _enrol(config, place, say)
     watch.lap("enrolment")
@@ -110,33 +150,21 @@ def federate(config: Config, root: Path, say: Say, local: bool = True) -> Result
             services.enter_context(_service("silotune-client", ("up",), place.client(name), place.log(name), say))
         _wait_until_ready(place)
         watch.lap("start")
-        summary = _call(say, "silotune-server", "run", str(place.config), home=place.server)
-        watch.lap("run")
-    watch.lap("stop")
-    options = () if local else ("--no-local",)
-    adapters = {
-        name: _call(
-            say, "silotune-client", "adapter", "evaluate", str(summary["run"]), *options, home=place.client(name)
-        )
-        for name in place.names
-    }
-    watch.lap("evaluate")
-    egress = {}
-    for name in place.names:
-        found = _call(say, "silotune-client", "log", "verify", home=place.client(name))
-        egress[name] = int(found["entries"])
-    return Result(summary, adapters, egress, watch.seconds)
+        yield place
 
 
 def table(found: Result) -> Table:
     """What each institution finds on its own test records."""
     shown = Table(title="The published adapter, on each institution's own test records")
     arms = ("base", "local", "federated")
-    for column in ("institution", *arms, "egress entries"):
+    spent = ("epsilon of its budget",) if found.ledgers else ()
+    for column in ("institution", *arms, "egress entries", *spent):
         shown.add_column(column, justify="left" if column == "institution" else "right")
     for name, scores in found.adapters.items():
         cells = [_cell(scores["scores"].get(arm)) for arm in arms]
-        shown.add_row(name, *cells, f"{found.egress[name]}, verified")
+        own = found.ledgers.get(name)
+        budget = () if own is None else (f"{own['spent']['epsilon']:.4g} of {own['budget']:g}",)
+        shown.add_row(name, *cells, f"{found.egress[name]}, verified", *budget)
     return shown
 
 
@@ -147,12 +175,15 @@ def _cell(scores: Mapping[str, Any] | None) -> str:
     return "not finite" if scores["perplexity"] is None else f"{scores['perplexity']:.2f}{accuracy}"
 
 
-class _Watch:
+class Watch:
+    """Seconds by step, in order."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
+        """Ends a step."""
         now = time.perf_counter()
         self.seconds[step] = now - self._last
         self._last = now
@@ -179,16 +210,16 @@ def _write_records(config: Config, place: Loopback) -> None:
 def _enrol(config: Config, place: Loopback, say: Say) -> None:
     for name in place.names:
         options = ("--name", name, "--base-model", config.model.path, "--data-set", f"{DATA_SET}={place.records(name)}")
-        _call(say, "silotune-client", "init", *options, home=place.client(name))
+        call(say, "silotune-client", "init", *options, home=place.client(name))
         _agree(config, place.client(name) / "policy.yaml")
     port, loopback = _free_ports()
     options = ("--host", "127.0.0.1", "--port", str(port), "--superlink-port", str(loopback))
-    _call(say, "silotune-server", "init", *options, "--federation", config.name, home=place.server)
+    call(say, "silotune-server", "init", *options, "--federation", config.name, home=place.server)
     cards = [str(place.client(name) / "card.json") for name in place.names]
-    _call(say, "silotune-server", "enroll", "--yes", *cards, home=place.server)
+    call(say, "silotune-server", "enroll", "--yes", *cards, home=place.server)
     for name in place.names:
         roster = str(place.server / "roster.json")
-        _call(say, "silotune-client", "trust", "--yes", roster, home=place.client(name))
+        call(say, "silotune-client", "trust", "--yes", roster, home=place.client(name))
 
 
 def _agree(config: Config, policy: Path) -> None:
@@ -205,7 +236,20 @@ def _agree(config: Config, policy: Path) -> None:
     said["quantise"] = {name: getattr(config.quantise, name) for name in ("clip", "bits", "weight_bits")}
     said["weight_unit"] = config.federation.weight_unit
     said["rounds_per_day"] = config.federation.rounds
+    if config.privacy.private:
+        budget = {"data_sets": [DATA_SET], "modes": [config.privacy.mode]}
+        said["populations"] = {DATA_SET: {**budget, "epsilon": _budget(config), "delta": config.privacy.delta}}
     write_text(policy, yaml.safe_dump(said, sort_keys=False))
+
+
+def _budget(config: Config) -> float:
+    """What the whole run costs, each round in one attempt, where it does not say so itself."""
+    if config.privacy.epsilon:
+        return config.privacy.epsilon
+    event = round_event(config)
+    assert event is not None
+    whole = epsilon([replace(event, steps=event.steps * config.federation.rounds)], config.privacy.delta).bound
+    return math.ceil(whole * 100) / 100
 
 
 def _free_ports() -> tuple[int, int]:
@@ -251,7 +295,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def _call(say: Say, command: str, *arguments: str, home: Path) -> dict[str, Any]:
+def call(say: Say, command: str, *arguments: str, home: Path) -> dict[str, Any]:
     """Runs a command to its end and returns its object. Raises RunStopped with what it said when it fails."""
     typed = shlex.join((command, *arguments, "--home", str(home)))
     say(typed)

@@ -24,13 +24,13 @@ from server.coordinator import Bench, Observer, Outcome, coordinate
 from server.flower import FlowerMembers
 from server.live import round_line
 from server.rounds import Progress as RunProgress
-from server.rounds import record_as_json
 from server.summary import facts, seconds_of
 from server.terms import launch_line
 from simulations import compare, prepare
 from simulations.compare import ArmScores
 from simulations.identities import SimulatedIdentities
 from simulations.layout import RunDirectory
+from simulations.spending import spending
 
 
 def run(config: Config, out: Path, console: Console) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
     }
     summary = _summary(config, directory, bench, outcome, base, federated, arms, seconds)
     write_json(directory.root / "summary.json", summary)
-    rounds = [record_as_json(record) for record in outcome.progress.history]
-    write_text(directory.root / "report.html", report.render(summary, rounds, config_files.to_yaml(config)))
+    report.write(directory.root)
     console.print(report.tables(summary))
     console.print(f"report: {escape(str(directory.root / 'report.html'))}")
     return summary
@@ -173,8 +172,13 @@ def _summary(
             local[best].everyone.perplexity, federated.everyone.perplexity, arms[POOLED].everyone.perplexity
         )
     began = json.loads((directory.root / "started.json").read_text())["started"]
+    found = facts(config, outcome, bench, seconds, began)
+    if config.privacy.private:
+        found["privacy"] |= {"ledgers": spending(config, directory, outcome.progress.round)}
+        if arms:
+            found["privacy"] |= {"arms": compare.ARM_MODES.get(config.privacy.mode, config.privacy.mode)}
     return {
-        **facts(config, outcome, bench, seconds, began),
+        **found,
         "everyone": everyone,
         "own": {
             name: {

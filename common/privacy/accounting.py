@@ -97,6 +97,23 @@ def epsilon(events: Iterable[Event], delta: float) -> Epsilon:
     return _epsilon(_merged(events), delta)
 
 
+def over_rounds(rounds: Sequence[Sequence[Event]], delta: float, most: int) -> tuple[tuple[int, Epsilon], ...]:
+    """What was spent after each of at most `most` rounds, evenly spread, the last among them; rounds count from 1.
+
+    rounds: what each one cost. A bound takes up to some tenths of a second where steps sample, and is known afterwards
+    for the same steps again, so that institutions with equal rounds cost no more than one.
+    """
+    return tuple(
+        (number, epsilon([event for part in rounds[:number] for event in part], delta))
+        for number in moments(len(rounds), most)
+    )
+
+
+def moments(count: int, most: int) -> tuple[int, ...]:
+    """At most `most` numbers from 1 to `count`, evenly spread, `count` among them; none where it is 0."""
+    return tuple(sorted({max(1, round(count * (place + 1) / most)) for place in range(most)})) if count else ()
+
+
 def noise_for(target: float, delta: float, q: float, steps: int, mechanism: Mechanism = "gaussian") -> float:
     """The smallest noise multiplier, in three digits, whose `steps` steps cost at most `target`.
 

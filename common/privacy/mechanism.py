@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, cast
 
 from common.config import PrivacyConfig, QuantiseConfig
-from common.privacy.accounting import Epsilon, Event, epsilon, noise_for
+from common.privacy.accounting import Event, noise_for
 from common.privacy.distributed import SharedNoise, planned
 from common.secagg.terms import Terms
+
+UNITS: Mapping[str, str] = {
+    "record": "record",
+    "patient": "patient",
+    "institution": "institution",
+    "distributed": "record",
+}
+"""The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
 
 
 def steps_per_round(passes_per_round: float, sampling_rate: float) -> int:
@@ -68,8 +77,3 @@ def round_event(
         return shared_noise(privacy, quantise, parameters, rounds, terms).event()
     steps = steps_per_round(passes, privacy.sampling_rate)
     return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)
-
-
-def cost(event: Event, rounds: int, delta: float) -> Epsilon:
-    """What so many rounds of it cost."""
-    return epsilon([Event(event.mechanism, event.sigma, event.q, event.steps * rounds)], delta)

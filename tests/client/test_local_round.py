@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 
 from client import local_round
+from client.assembly import assemble
+from client.data_sets import RecordSet, RecordSource
 from client.guard import Guard
 from client.institution import Institution
 from client.ledger import Ledger, Spent
@@ -27,6 +31,7 @@ from common import fixed_point
 from common.adapter import Adapter
 from common.config import Config, PrivacyConfig
 from common.examples import examples_of
+from common.fixed_point import Ring
 from common.messages import INTERNAL_ERROR, Introduction, Plan, Refused, TrainRequest
 from common.methods import METHODS
 from common.models import LoraModel
@@ -255,6 +260,54 @@ def test_two_runs_from_one_adapter_differ_in_a_deployment_and_agree_in_a_simulat
     assert isinstance(played[0]._noise("training"), SeededNoise)
 
 
+@pytest.mark.parametrize("mode", ["record", "patient"])
+@pytest.mark.parametrize("before", ["none", "institution"])
+def test_noised_steps_take_nothing_from_steps_without_noise(
+    before: str, mode: str, simulated: Callable[..., tuple[Institution, Config]], start: Adapter, lora_model: LoraModel
+) -> None:
+    """A coordinator that changes the mode within a run gets the moments of steps without noise in no update."""
+
+    member, config = simulated(mode)
+
+    def second_round() -> Ring:
+        part = part_of(member, replace(simulated_plan(config, start, "one"), round=2))
+        return part.draw(part.update(start, lora_model))
+
+    alone = second_round()
+    plain = replace(config, privacy=replace(config.privacy, mode=before))
+    part_of(member, simulated_plan(plain, start, "one")).update(start, lora_model)
+    assert np.array_equal(second_round(), alone)
+    assert alone.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_a_deployment_no_seeded_source_is_ever_made(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter, lora_model: LoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: SeededNoise, *parts: str | int) -> None:
+        raise AssertionError("a seeded source in a deployment")
+
+    monkeypatch.setattr(SeededNoise, "__init__", refuse)
+    place = deployed(mode)
+    part = part_of(place.institution(), place.plan(start))
+    assert part.guard is not None
+    assert part.draw(part.update(start, lora_model)).any()
+
+
+def test_seeded_noise_is_named_in_one_place_and_an_institution_is_made_in_one() -> None:
+    """Whatever way it would be called by, it would have to be named."""
+    packages = [Path(local_round.__file__).parents[1] / name for name in ("client", "common", "server")]
+    named: dict[str, dict[str, int]] = {r"\bSeededNoise\b": {}, r"\bInstitution\(": {}}
+    for file in (file for package in packages for file in package.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        for word, places in named.items():
+            if found := re.findall(word, text):
+                places[file.name] = len(found)
+    # An import and a call; the class, and its name in two docstrings. `assemble` gives its institution a guard.
+    assert list(named.values()) == [{"local_round.py": 2, "noise.py": 3}, {"assembly.py": 1}]
+    assert inspect.signature(assemble).parameters.keys() == {"home", "keys", "roster", "policy", "on_spend"}
+
+
 def test_nothing_that_an_institution_is_made_from_can_bring_a_source_of_noise() -> None:
     signatures = [inspect.signature(made) for made in (LocalRound, Institution, Guard)]
     told = [str(parameter.annotation) for found in signatures for parameter in found.parameters.values()]
@@ -267,6 +320,46 @@ def test_nothing_that_an_institution_is_made_from_can_bring_a_source_of_noise() 
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Noise")
     }
     assert calls == {("local_round.py", "SystemNoise"), ("local_round.py", "SeededNoise")}
+
+
+# --- Whose influence is bounded ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OfThreePersons:
+    """Somebody's records, as if they were those of three persons."""
+
+    source: RecordSource
+
+    def find(self, data_set: str, part: str) -> RecordSet:
+        found = self.source.find(data_set, part)
+        return replace(
+            found,
+            records=tuple(replace(record, person=f"{place % 3}") for place, record in enumerate(found.records)),
+        )
+
+
+@pytest.mark.parametrize("cap", [1, 2, 8])
+@pytest.mark.parametrize("mode", ["record", "patient", "distributed"])
+def test_the_unit_and_its_cap_are_those_of_the_settings(
+    mode: str, cap: int, simulated: Callable[..., tuple[Institution, Config]], start: Adapter
+) -> None:
+    member, config = simulated(mode, records_per_person=cap)
+    member = replace(member, data=OfThreePersons(member.data))
+    part = part_of(member, simulated_plan(config, start, "units"))
+    persons = Counter(record.person for record in member.data.find(config.data.name, "train").records)
+    assert max(persons.values()) > 2  # the cap is of account
+    if mode == "patient":
+        assert [len(unit.examples) for unit in part._units()] == [min(count, cap) for count in persons.values()]
+    else:
+        assert [len(unit.examples) for unit in part._units()] == [1] * persons.total()
+
+
+@pytest.mark.parametrize("mode", ["institution", "distributed"])
+def test_a_sum_has_room_for_the_noise_of_all(mode: str, deployed: Callable[..., Guarded], start: Adapter) -> None:
+    plan = deployed(mode).plan(start)
+    assert plan.shared_noise is not None
+    assert plan.layout.headroom == plan.shared_noise.headroom > 0
 
 
 # --- How much noise ---------------------------------------------------------------------------------------------------
@@ -335,7 +428,7 @@ def test_the_noise_of_mode_record_follows_the_settings(
     config = replace(config, train=replace(config.train, passes_per_round=rate, optimizer_state="keep"))
     part = part_of(member, simulated_plan(config, start, "noisy"))
     part.update(start, lora_model)
-    state = StateStore(part.directory / "state").before(2)
+    state = StateStore(part.directory / "noised-state").before(2)
     assert state.steps == 1
     gradient = np.concatenate([value.ravel() for value in state.first.values()]).astype(np.float64) / 0.1
     deviation = sigma * clip / (rate * 12)  # of the lot's sum over the expected number of its twelve units

@@ -259,7 +259,61 @@ def test_privacy_that_is_off_is_said_in_red() -> None:
     privacy = {"secure_aggregation": True, "mode": "central", "epsilon": 4.0, "unit": "person"}
     on = render(summary({"a": GAIN}, privacy=privacy), ROUNDS, CONFIG)
     assert on.count('<div class="fact on">') == 2
-    assert "<p>epsilon: 4.0</p><p>unit: person</p>" in on
+    assert "epsilon: 4.0; unit: person" in on
+
+
+def spending(**changes: Any) -> dict[str, Any]:
+    spent = [[1, 1.5], [2, 2.25], [3, 3.125]]
+    return {
+        "secure_aggregation": True, "mode": "patient", "unit": "patient", "epsilon": 3.125, "epsilon_rdp": 3.5,
+        "delta": 1e-3, "implied": spent, "ledgers": {"a": spent, "b": spent}, "arms": "patient",
+    } | changes  # fmt: skip
+
+
+def test_epsilon_over_rounds_stands_beside_accuracy_with_unit_delta_mode_and_against_whom() -> None:
+    source = render(summary({"a": GAIN, "b": LOSS}, accuracy=0.6, privacy=spending()), ROUNDS, CONFIG)
+    page = Page(source)
+    charts_shown = re.findall(r"<figcaption><b>(.*?)</b><span>(.*?)</span>", source)
+    assert ("Epsilon per patient", "of each institution, at delta 0.001; lower protects more") in charts_shown
+    assert "Exact answers" in dict(charts_shown)
+    for part in ("round 1: 1.5", "round 2: 2.25", "round 3: 3.125"):
+        assert part in page.text
+    assert "Epsilon is of one patient at delta 0.001, in mode patient. This is what each institution's own" in page.text
+    assert "Epsilon 3.125 for one patient at delta 0.001." in page.text
+    assert "It holds against everybody" in page.text
+    assert "at equal epsilon" in page.text
+    assert "epsilon rdp: 3.5" in page.text
+    table = source[source.index("What each institution's ledger says") :].partition("</table>")[0]
+    assert table.count("<td>3.125</td>") == 2
+    assert "polyline class" not in source
+    assert "Epsilon 3.125 per patient at delta 0.001, mode patient." in unstyled(
+        terminal(summary({"a": GAIN, "b": LOSS}, privacy=spending()), width=1000)
+    )
+
+
+def test_the_dearest_of_several_institutions_is_read_out_and_the_others_stand_beside_it() -> None:
+    ledgers = {"a": [[1, 1.5], [2, 1.5], [3, 2.0]], "b": spending()["implied"]}
+    source = render(summary({"a": GAIN, "b": LOSS}, privacy=spending(ledgers=ledgers)), ROUNDS, CONFIG)
+    assert "of the institution that spent most, at delta 0.001" in source
+    assert source.count('<polyline class="other"') == 1
+    assert "round 3: 3.125" in source
+    assert "round 3: 2<" not in source
+
+
+def test_real_institutions_keep_their_spending_and_the_page_says_what_the_settings_imply() -> None:
+    implied = spending()
+    del implied["ledgers"], implied["arms"]
+    text = Page(render(deployed(privacy=implied), ROUNDS, CONFIG)).text
+    assert "implied, at delta 0.001" in text
+    assert "No institution tells the coordinator what it spent" in text
+    assert "Epsilon 3.125 for one patient at delta 0.001, at most." in text
+    assert "What each institution's ledger says" not in text
+
+
+def test_without_noise_no_epsilon_is_shown_and_the_terminal_says_so_in_red() -> None:
+    assert "psilon" not in Page(render(summary({"a": GAIN}), ROUNDS, CONFIG)).text
+    printed = terminal(summary({"a": GAIN}), width=1000)
+    assert "\x1b[31mNo differential privacy: nothing bounds" in printed
 
 
 TERMS = {"cohort": 4, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 1, "ring_bits": 22}
@@ -285,7 +339,7 @@ def test_three_tolerate_no_silence_and_noise_bounds_what_a_sum_tells() -> None:
     assert "None of the 3 institutions of a round could fall silent" in Page(source).text
     assert "if up to 2 of them colluded" in Page(source).text
     assert "It does not hide" not in source
-    assert "terms" not in re.findall(r"<p>(\w+):", source)
+    assert "terms:" not in Page(source).text
 
 
 def test_a_term_that_is_missing_is_named() -> None:
@@ -357,6 +411,17 @@ def test_hostile_strings_stay_text(text: str) -> None:
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "src"]
     assert text[:60] in page.text
     assert "49" not in page.text  # 7 * 7: a template language ran
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_words_of_privacy_stay_text(text: str) -> None:
+    spent = [[1, 1.0], [2, 2.0]]
+    privacy = spending(mode=text, unit=text, arms=text, ledgers={text: spent, "b": spent[:1]})
+    page = Page(render(summary({"a": GAIN}, privacy=privacy), ROUNDS, CONFIG))
+    plain = Page(render(summary({"a": GAIN}, privacy=spending(ledgers={"a": spent})), ROUNDS, CONFIG))
+    assert page.open == []
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in plain.tags}
+    assert text[:60] in page.text
 
 
 def test_hostile_names_cannot_drive_the_terminal() -> None:

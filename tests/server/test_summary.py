@@ -23,6 +23,10 @@ def progress(*records: RoundRecord) -> Progress:
     return Progress(Adapter({}), Adapter({}), history=records)
 
 
+def rounds(count: int) -> list[RoundRecord]:
+    return [record() for _ in range(count)]
+
+
 def test_seconds_are_summed_by_phase_and_an_older_round_took_none_of_a_newer_phase() -> None:
     old, new = record(train=3.0, aggregate=1.0, evaluate=2.0), record(train=3.0, secure_aggregation=2.0, aggregate=1.0)
     assert summary.seconds_of(progress(old, new)) == {
@@ -41,44 +45,71 @@ def test_the_share_is_of_the_rounds_own_time_and_there_is_none_without_secure_ag
 
 def test_the_numbers_are_those_of_the_institutions_that_took_part() -> None:
     config = config_files.load("hospitals")
-    assert summary.privacy(config, {}, 100, 12) == {
+    assert summary.privacy(config, {}, 100, rounds(12)) == {
         "secure_aggregation": True,
         "mode": "none",
         "terms": {
             "cohort": 4, "colluders": 1, "threshold": 3, "smallest_sum": 3, "dropouts": 1, "ring_bits": 16 + 4 + 2,
         },
     }  # fmt: skip
-    assert summary.privacy(config, {"summit": "base_model_differs"}, 100, 12)["terms"]["dropouts"] == 0
+    assert summary.privacy(config, {"summit": "base_model_differs"}, 100, rounds(12))["terms"]["dropouts"] == 0
     off = config_files.load("hospitals", ["secure_aggregation.enabled=false"])
-    assert summary.privacy(off, {}, 100, 12) == {"secure_aggregation": False, "mode": "none"}
+    assert summary.privacy(off, {}, 100, rounds(12)) == {"secure_aggregation": False, "mode": "none"}
 
 
 @pytest.mark.parametrize(
     ("mode", "unit", "rate", "steps"),
     [
-        ("record", "record", 0.5, 12 * 4),
-        ("patient", "patient", 0.5, 12 * 4),
-        ("institution", "institution", 1.0, 12),
-        ("distributed", "record", 0.5, 12),
+        ("record", "record", 0.5, 4 * 4),
+        ("patient", "patient", 0.5, 4 * 4),
+        ("institution", "institution", 1.0, 4),
+        ("distributed", "record", 0.5, 4),
     ],
 )
 def test_the_privacy_of_a_run_is_told_with_its_unit_and_what_its_rounds_cost(
     mode: str, unit: str, rate: float, steps: int
 ) -> None:
     overrides = [f"privacy.mode={mode}", "privacy.noise_multiplier=4.0", "privacy.sampling_rate=0.5"]
-    overrides += ["train.passes_per_round=2.0", "lora.dropout=0.0", "federation.weighting=uniform"]
+    overrides += [
+        "federation.rounds=4",
+        "train.passes_per_round=2.0",
+        "lora.dropout=0.0",
+        "federation.weighting=uniform",
+    ]
     config = config_files.load("hospitals", overrides)
-    told = summary.privacy(config, {}, 100, 12)
+    told = summary.privacy(config, {}, 100, rounds(4))
     assert (told["mode"], told["unit"], told["sampling_rate"], told["steps"]) == (mode, unit, rate, steps)
     assert told["noise_multiplier"] == pytest.approx(4.0, rel=1e-3)
     assert (told["delta"], told["clip"]) == (config.privacy.delta, config.privacy.clip)
     assert 0 < told["epsilon"] <= told["epsilon_rdp"] + 1e-4
-    assert summary.privacy(config, {}, 100, 6)["epsilon"] < told["epsilon"]
+    assert summary.privacy(config, {}, 100, rounds(2))["epsilon"] < told["epsilon"]
+    assert [number for number, _ in told["implied"]] == list(range(1, 5))
+    assert [told["implied"][i][1] for i in (1, 3)] == [
+        summary.privacy(config, {}, 100, rounds(2))["epsilon"],
+        told["epsilon"],
+    ]
+    again = summary.privacy(config, {}, 100, [*rounds(3), replace(record(), attempts=3)])
+    if mode in ("institution", "distributed"):  # each attempt draws fresh noise over the same data
+        assert again["steps"] == told["steps"] + 2
+        assert again["implied"][-1][1] == again["epsilon"] > told["epsilon"]
+    else:
+        assert again == told
     plain = config_files.load("hospitals", [*overrides[1:], "privacy.mode=none"])
-    bits = summary.privacy(plain, {}, 100, 12)["terms"]["ring_bits"]
+    bits = summary.privacy(plain, {}, 100, rounds(4))["terms"]["ring_bits"]
     assert (told["terms"]["ring_bits"] > bits) == (mode in ("institution", "distributed"))
 
 
 def test_absences_are_counted_by_name_and_reason() -> None:
     rounds = [replace(record(), refused=refused) for refused in ({"a": "paused"}, {"a": "paused", "b": "left"}, {})]
     assert summary.absences(rounds) == {"a": {"paused": 2}, "b": {"left": 1}}
+
+
+def test_a_long_run_is_told_at_some_rounds_and_at_its_last() -> None:
+    overrides = ["privacy.mode=institution", "privacy.noise_multiplier=4.0", "federation.rounds=100"]
+    overrides += ["federation.weighting=uniform"]
+    config = config_files.load("hospitals", overrides)
+    told = summary.privacy(config, {}, 100, rounds(100))["implied"]
+    assert len(told) == summary.MOST_MOMENTS
+    assert told[-1][0] == 100
+    assert summary.privacy(config, {}, 100, [])["implied"] == []
+    assert summary.privacy(config, {}, 100, [])["epsilon"] == 0

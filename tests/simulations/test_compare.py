@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import POOLED, ArmConfig, TrackingConfig
+from common.config import POOLED, ArmConfig, PrivacyConfig, TrackingConfig
 from common.config_files import load
 from common.errors import RunStopped
+from common.privacy.accounting import Event
+from common.privacy.mechanism import round_event
 from common.records import read_jsonl
 from simulations.compare import arm_config, gap_closed, run_arm, write_pooled
 from simulations.generate import federation as generator
@@ -62,6 +64,38 @@ def test_an_arm_differs_from_the_federation_in_who_takes_part_and_in_what_was_tu
         assert getattr(mine, same) == getattr(tuned, same)
     assert (mine.evaluation.every, mine.evaluation.patience) == (tuned.evaluation.every, tuned.evaluation.patience)
     assert (mine.federation.rounds, mine.federation.method) == (tuned.federation.rounds, tuned.federation.method)
+
+
+@pytest.mark.parametrize(
+    ("mode", "arm_mode"),
+    [
+        ("record", "record"),
+        ("patient", "patient"),
+        ("distributed", "record"),
+        ("institution", "none"),
+        ("none", "none"),
+    ],
+)
+def test_an_arm_has_the_noise_of_the_federation_where_it_can(mode: str, arm_mode: str) -> None:
+    privacy = PrivacyConfig(mode, noise_multiplier=3.0, delta=1e-3, sampling_rate=0.25)
+    asked = replace(CONFIG, privacy=privacy, train=replace(CONFIG.train, passes_per_round=2.0))
+    mine = arm_config(asked, "riverside")
+    assert mine.privacy == replace(privacy, mode=arm_mode)
+    assert mine.train.passes_per_round == (0.25 if mode == "distributed" else 2.0)
+    told = round_event(mine.privacy, mine.quantise, mine.train.passes_per_round, 2, 100, None)
+    if mode == "distributed":  # the same lots, each seen in one step
+        assert told == Event("gaussian", 3.0, 0.25, 1)
+
+
+@pytest.mark.parametrize("mode", ["distributed", "institution"])
+def test_an_arm_trains_where_the_federation_has_noise_in_shares(tmp_path: Path, mode: str) -> None:
+    directory = RunDirectory.at(tmp_path)
+    generator.write(generator.generate(CONFIG.data), directory.records(CONFIG))
+    privacy = PrivacyConfig(mode, noise_multiplier=1.0, sampling_rate=0.5)
+    progress = run_arm(replace(CONFIG, privacy=privacy), directory, "riverside")
+    assert [record.contributors for record in progress.history] == [1, 1]
+    assert progress.adapter.digest() != progress.best.digest() or progress.best_round == 2
+    assert RunDirectory.at(directory.arms / "riverside").ledger("riverside").exists() == (mode == "distributed")
 
 
 def test_pooled_holds_everybodys_training_records_and_no_test_record(tmp_path: Path) -> None:

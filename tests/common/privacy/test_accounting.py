@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from common.errors import ConfigError
-from common.privacy.accounting import LONGEST, Epsilon, Event, Mechanism, epsilon, noise_for, times_left
+from common.privacy.accounting import (
+    LONGEST,
+    Epsilon,
+    Event,
+    Mechanism,
+    epsilon,
+    moments,
+    noise_for,
+    over_rounds,
+    times_left,
+)
 
 DELTA = 1e-5
 
@@ -239,3 +251,25 @@ def test_orders_reach_far_enough_for_small_epsilon() -> None:
     orders = np.arange(2, 10_000)
     by_hand = orders / 2e4 + np.log1p(-1 / orders) - (math.log(DELTA) + np.log(orders)) / (orders - 1)
     assert found == pytest.approx(by_hand.min(), rel=0.02)
+
+
+@given(st.integers(0, 200), st.integers(1, 40))
+def test_moments_are_few_spread_and_end_with_the_last(count: int, most: int) -> None:
+    found = moments(count, most)
+    assert list(found) == sorted(set(found))
+    assert len(found) == min(count, most)
+    if count:
+        assert found[-1] == count
+        steps = [b - a for a, b in pairwise((0, *found))]
+        assert max(steps) - min(steps) <= 1
+
+
+def test_over_rounds_adds_up_what_came_before() -> None:
+    one, two = Event("gaussian", 3.0, 1.0, 2), Event("gaussian", 1.5, 1.0, 1)
+    rounds = [[one], [], [two, one], [one]]
+    assert over_rounds(rounds, 1e-5, 4) == tuple(
+        (number, epsilon(events, 1e-5))
+        for number, events in ((1, [one]), (2, [one]), (3, [one, two, one]), (4, [one, two, one, one]))
+    )
+    assert [number for number, _ in over_rounds(rounds, 1e-5, 2)] == [2, 4]
+    assert over_rounds([], 1e-5, 3) == ()

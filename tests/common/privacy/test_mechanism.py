@@ -9,7 +9,7 @@ import pytest
 from common.config import PrivacyConfig, QuantiseConfig
 from common.errors import ConfigError
 from common.privacy.accounting import Event, epsilon
-from common.privacy.mechanism import cost, noise_multiplier, round_event, shared_noise, steps_per_round
+from common.privacy.mechanism import noise_multiplier, round_event, shared_noise, steps_per_round
 from common.secagg.terms import Terms
 
 DELTA = 1e-5
@@ -54,10 +54,6 @@ def test_only_the_noise_of_members_that_stay_and_do_not_collude_is_counted_on() 
 
 def test_without_differential_privacy_nothing_is_spent() -> None:
     assert round_event(PrivacyConfig(), QUANTISE, 1.0, 7, 100, TERMS) is None
-
-
-def test_rounds_cost_what_their_steps_cost_together() -> None:
-    assert cost(Event("gaussian", 2.0, 1.0, 3), 4, DELTA) == epsilon([Event("gaussian", 2.0, 1.0, 12)], DELTA)
 
 
 @pytest.mark.parametrize("mode", ["institution", "distributed"])
