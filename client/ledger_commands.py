@@ -10,7 +10,7 @@ import typer
 from client import chain_commands
 from client.chain_commands import PublicKey
 from client.home import ClientHome
-from client.log_commands import Home
+from client.options import Home
 from common import cli
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import httpx
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
-from common.errors import SilotuneError
+from common.errors import Unreachable
 from server.superlink import Endpoint
 
 
-class ServiceError(SilotuneError):
+class ServiceError(Unreachable):
     """A service of the coordinator that does not start, answer, or do what it was asked."""
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common import cli
+from server.options import Home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
     from server.home import ServerHome
     from server.runs import Run, Status
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The coordinator's own directory; else $SILOTUNE_SERVER_HOME, ~/.silotune/server."
-    ),
-]
 Name = Annotated[str, typer.Argument(metavar="RUN", help="A run, as `silotune-server list` names it.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Drive it in the background, and return once it is begun.")]
 

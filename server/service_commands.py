@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common import cli
-
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The coordinator's own directory; else $SILOTUNE_SERVER_HOME, ~/.silotune/server."
-    ),
-]
+from server.options import Home
 
 
 def register(app: typer.Typer) -> None:
