@@ -43,11 +43,17 @@ class Status(ServiceError):
 class Calls:
     """Calls of one SuperLink on this machine.
 
-    patience_s: how long one that is not there is tried again; not once `stop` is set.
+    patience_s: how long one that is not there is tried again; not once `stop` is set. timeout_s: how long each try may
+    take.
     """
 
     def __init__(
-        self, endpoint: Endpoint, component: str, patience_s: float, stop: threading.Event | None = None
+        self,
+        endpoint: Endpoint,
+        component: str,
+        patience_s: float,
+        stop: threading.Event | None = None,
+        timeout_s: float = 30.0,
     ) -> None:
         trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         trust.load_verify_locations(cadata=endpoint.root.decode("ascii"))
@@ -56,7 +62,7 @@ class Calls:
         self._http = httpx.Client(
             base_url=f"https://{endpoint.address}",
             verify=trust,
-            timeout=30.0,
+            timeout=timeout_s,
             trust_env=False,  # a proxy of the environment is not for the loopback interface
             limits=httpx.Limits(keepalive_expiry=30),
             headers={

@@ -60,8 +60,14 @@ class KeyRemovedError(ServiceError):
 class Operator:
     """What the coordinator's operator asks of the SuperLink. Close it, or use it in a `with`."""
 
-    def __init__(self, endpoint: Endpoint, patience_s: float = 20.0, stop: threading.Event | None = None) -> None:
-        self._calls = Calls(endpoint, "flwr", patience_s, stop)
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        patience_s: float = 20.0,
+        stop: threading.Event | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._calls = Calls(endpoint, "flwr", patience_s, stop, timeout_s)
 
     def __enter__(self) -> Operator:
         return self

@@ -24,7 +24,8 @@ def up(
 ) -> None:
     """Run the services that members connect to, until SIGTERM or Ctrl-C; needs no passphrase.
 
-    Both are started again when they end. Who is enrolled or removed meanwhile is let in or shut out within seconds.
+    Both are started again when they end, the SuperLink also when it answers nothing for a minute. Who is enrolled or
+    removed meanwhile is let in or shut out within seconds.
     """
     import threading
     from collections import Counter
