@@ -80,11 +80,13 @@ def export(
     """Write the whole log into one file, which `log verify` checks anywhere. It holds no records and no keys."""
     from client.egress import FORM
 
-    chain_commands.export(FORM, ClientHome.at(home).egress, file, as_json)
+    chain_commands.export(FORM, _place(None, home), file, as_json)
 
 
 def _place(file: Path | None, home: Path | None) -> Path:
-    return ClientHome.at(home).egress if file is None else file
+    from client.keys import own_home
+
+    return own_home(home).egress if file is None else file
 
 
 def _print_entries(entries: deque[Entry], console: Console) -> None:

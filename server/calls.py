@@ -6,7 +6,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 import httpx
@@ -44,7 +44,7 @@ class Calls:
     """Calls of one SuperLink on this machine.
 
     patience_s: how long one that is not there is tried again; not once `stop` is set. timeout_s: how long each try may
-    take.
+    take. heard: told of every answer, whatever it is.
     """
 
     def __init__(
@@ -54,11 +54,13 @@ class Calls:
         patience_s: float,
         stop: threading.Event | None = None,
         timeout_s: float = 30.0,
+        heard: Callable[[], None] = lambda: None,
     ) -> None:
         trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         trust.load_verify_locations(cadata=endpoint.root.decode("ascii"))
         self._stop = stop or threading.Event()
         self._patience_s = patience_s
+        self._heard = heard
         self._http = httpx.Client(
             base_url=f"https://{endpoint.address}",
             verify=trust,
@@ -87,6 +89,7 @@ class Calls:
                 self._stop.wait(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, 2.0)
                 continue
+            self._heard()
             if found.status_code != httpx.codes.OK:
                 raise Status(path, found.status_code, found.text[:500])
             parsed = response()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import httpx
@@ -66,8 +67,10 @@ class Operator:
         patience_s: float = 20.0,
         stop: threading.Event | None = None,
         timeout_s: float = 30.0,
+        heard: Callable[[], None] = lambda: None,
     ) -> None:
-        self._calls = Calls(endpoint, "flwr", patience_s, stop, timeout_s)
+        """The rest as `Calls` has it."""
+        self._calls = Calls(endpoint, "flwr", patience_s, stop, timeout_s, heard)
 
     def __enter__(self) -> Operator:
         return self

@@ -24,6 +24,7 @@ class Pulse:
 
     def started(self) -> None:
         """It was started just now."""
+        self._hangs = False
         self._begin(self._starting_s)
 
     def answered(self) -> None:
@@ -36,9 +37,11 @@ class Pulse:
             self._misses += 1
 
     def hangs(self) -> bool:
-        """Whether it missed several calls, and answered none, for longer than it may."""
+        """Whether it missed several calls, and answered none, for longer than it may; then so until it is started."""
         with self._lock:
-            return self._misses >= _LEAST_MISSES and self._clock() - self._since > self._patience_s
+            silent = self._misses >= _LEAST_MISSES and self._clock() - self._since > self._patience_s
+            self._hangs = self._hangs or silent
+            return self._hangs
 
     def _begin(self, patience_s: float) -> None:
         with self._lock:

@@ -115,11 +115,12 @@ def list_runs(home: Home = None, as_json: cli.Json = False) -> None:
     """List all runs: which state, how many rounds, and the best perplexity on the coordinator's validation records."""
     from rich.table import Table
 
-    from server import runs
+    from server import enrolment, runs
     from server.home import ServerHome
     from server.verdict import perplexity_text
 
     where = ServerHome.at(home)
+    enrolment.require_coordinator(where)
     found = [(each, _stands(each)) for each in runs.all_runs(where.runs)]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("run", "state", "rounds", "perplexity", "started"):

@@ -42,7 +42,7 @@ EVERYWHERE = "0.0.0.0"
 _FRONT = "from server.front import main; main()"
 _LOOK_S = 1.0
 _ANSWER_S = 5.0  # for one call of the SuperLink; a signal waits as long at most
-_SILENT_S, _STARTING_S = 60.0, 180.0  # until a SuperLink that answers nothing is started anew
+_SILENT_S, _STARTING_S = 60.0, 600.0  # until a SuperLink that answers nothing is started anew
 _WARN_DAYS = 30
 _LIMIT = 1 << 16
 
@@ -130,7 +130,7 @@ class _Upkeep:
                     )
                     kept.append(pool.submit(supervise, self._start_door, over, self._on_door))
                     endpoint = self._superlink.endpoint(self._settings.superlink_port)
-                    with Operator(endpoint, patience_s=0, timeout_s=_ANSWER_S) as operator:
+                    with Operator(endpoint, 0, timeout_s=_ANSWER_S, heard=self._pulse.answered) as operator:
                         while not stop.wait(_LOOK_S) and not any(found.done() for found in kept):
                             self._look(operator)
                 finally:
@@ -177,11 +177,9 @@ class _Upkeep:
         try:
             self._equalise(operator)
             answers = True
-            self._pulse.answered()
         except ServiceError as error:
             answers = False
             if isinstance(error, Status):  # it is there, and says no
-                self._pulse.answered()
                 self._complain("SuperLink", str(error))
             else:
                 self._pulse.missed()

@@ -27,8 +27,19 @@ def test_it_hangs_once_it_was_silent_for_longer_than_it_may() -> None:
     assert not pulse.hangs()
     clock.now += 0.1
     assert pulse.hangs()
-    pulse.answered()
+    pulse.answered()  # too late: it is about to be ended
+    assert pulse.hangs()
+    pulse.started()
     assert not missing(pulse).hangs()
+
+
+def test_an_answer_gives_it_the_whole_time_again() -> None:
+    clock = Clock()
+    pulse = missing(Pulse(60, 180, clock))
+    for _ in range(5):
+        clock.now += 59
+        pulse.answered()
+        assert not missing(pulse).hangs()
 
 
 def test_it_may_take_longer_to_start() -> None:
