@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.log_commands import Home
+from client.options import Home
 from common import cli
 from common.errors import ModelError, SilotuneError
 

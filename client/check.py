@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from client import data_sets, keys, policy_file, trial, trust
+from client import chain_audit, data_sets, egress, keys, ledger, policy_file, trial, trust
+from client.chain import HEAD, Form
 from client.control import Control
 from client.data_sets import DataFile, DataSets
-from client.egress import open_copy
-from client.egress import verify as verify_log
 from client.findings import Found, Line, Look, given
 from client.home import ClientHome
 from client.keys import Keys
@@ -78,6 +78,7 @@ def check(asked: Question, tell: Callable[[Line], None] = lambda _: None) -> tup
     model = look.at("device", lambda: trial.device(given(file, "data file").machine, given(terms, "policy")))
     look.at("disk", lambda: _disk(home, given(terms, "policy"), model))
     look.at("egress log", lambda: _egress(home))
+    look.at("privacy ledger", lambda: _ledger(home))
     if file is not None and terms is not None:
         records = DataSets(file, home.data.parent)
         for name in _names(asked, terms):
@@ -209,12 +210,21 @@ def _data_file(home: ClientHome, terms: InstitutionPolicy) -> Found[DataFile]:
 def _egress(home: ClientHome) -> Found[None]:
     if not any(home.egress.glob("*.json*")):  # a daemon that has said nothing yet leaves an empty directory
         return Found(None, "nothing has left yet")
-    copy = open_copy(home.egress)
-    verdict = verify_log(copy, keys.card(home).identity)
+    return _verified(egress.FORM, home.egress, home)
+
+
+def _ledger(home: ClientHome) -> Found[None]:
+    form = ledger.FORM
+    if not (home.ledger / HEAD).exists():
+        raise StorageError(f"{home.ledger}: expected {form.title}, found none; {form.halt} without it: {form.remedy}")
+    return _verified(form, home.ledger, home)
+
+
+def _verified(form: Form[Any], place: Path, home: ClientHome) -> Found[None]:
+    """That every entry of a log is as it was written, the last one included."""
+    verdict = chain_audit.verify(chain_audit.open_copy(form, place), keys.card(home).identity)
     if verdict.finding is not None:
-        raise StorageError(
-            f"{home.egress}: {verdict.finding}; nothing leaves while that is so: see `silotune-client log verify`"
-        )
+        raise StorageError(f"{place}: {verdict.finding}; {form.halt} while that is so: see `{form.command}`")
     return Found(None, f"{verdict.entries} entries, all as they were written", numbers={"entries": verdict.entries})
 
 

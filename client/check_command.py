@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.log_commands import Home
+from client.options import Home
 from common import cli
 
 if TYPE_CHECKING:

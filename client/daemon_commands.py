@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.log_commands import Home
+from client.options import Home
 from common import cli
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def up(
     from datetime import UTC, datetime
 
     from client import daemon
-    from client.home import ClientHome
+    from client.keys import own_home
     from common.enrolment import timestamp
     from common.private_files import read_passphrase
 
-    where = ClientHome.at(home)
+    where = own_home(home)
     passphrase = read_passphrase(passphrase_fd, passphrase_credential)
     with cli.progress_console(as_json) as console, daemon.alone(where), _noted() as signals:
         checked = daemon.check(where, passphrase)
@@ -134,10 +134,10 @@ def runs(home: Home = None, as_json: cli.Json = False) -> None:
     """List the runs that are known here: waiting, approved, in progress, complete or left, and how far each came."""
     from dataclasses import asdict
 
-    from client.home import ClientHome
+    from client.keys import own_home
     from client.run_history import known
 
-    found = known(ClientHome.at(home))
+    found = known(own_home(home))
     with cli.progress_console(as_json) as console:
         if not as_json:
             rows = [
@@ -157,12 +157,10 @@ def runs(home: Home = None, as_json: cli.Json = False) -> None:
 def leave(run: Run, yes: Yes = False, home: Home = None, as_json: cli.Json = False) -> None:
     """Leave a run for good: every message of it is refused from now on, also in a round under way."""
     from client.control import Control, check_run
-    from client.home import ClientHome
-    from client.keys import card
+    from client.keys import own_home
     from client.run_history import known
 
-    where = ClientHome.at(home)
-    card(where)
+    where = own_home(home)
     control = Control(where.control)
     check_run(run)
     is_known = run in {one.name for one in known(where)}
@@ -189,9 +187,9 @@ def report(
     from dataclasses import asdict
 
     from client import run_history
-    from client.home import ClientHome
+    from client.keys import own_home
 
-    where = ClientHome.at(home)
+    where = own_home(home)
     found = run_history.report(where, run)
     one = next(one for one in run_history.known(where) if one.name == found.run)
     with cli.progress_console(as_json) as console:
@@ -231,10 +229,10 @@ def approve(
 ) -> None:
     """Show what a waiting run asks for, and let it pass: these settings and no others, under this name."""
     from client.control import Control, check_run
-    from client.home import ClientHome
+    from client.keys import own_home
     from common.errors import ConfigError
 
-    control = Control(ClientHome.at(home).control)
+    control = Control(own_home(home).control)
     found = control.waiting().get(check_run(run))
     approved = control.approvals().get(run)
     if found is None and (approved is None or digest not in (None, approved)):
@@ -274,12 +272,9 @@ def _noted() -> Iterator[list[int]]:
 
 def _set_paused(home: Path | None, as_json: bool, paused: bool) -> None:
     from client.control import Control
-    from client.home import ClientHome
-    from client.keys import card
+    from client.keys import own_home
 
-    where = ClientHome.at(home)
-    card(where)
-    control = Control(where.control)
+    control = Control(own_home(home).control)
     changed = control.paused() != paused
     if changed:
         control.pause() if paused else control.unpause()

@@ -87,7 +87,7 @@ class Guard:
 
 def digest(message: Hello | Plan) -> str:
     """What a person approves: run, base model, settings (data set among them) and roster; SHA-256 in hex."""
-    parts = (message.run, message.fingerprint.digest(), message.settings.to_json(), _roster(message))
+    parts = (message.run, message.fingerprint.digest(), message.settings.to_json(), roster_of(message) or "")
     return hashlib.sha256(canonical("terms of a run", *parts)).hexdigest()
 
 
@@ -103,12 +103,12 @@ def terms(message: Hello | Plan) -> dict[str, Any]:
         "passes_per_round": settings.train.passes_per_round,
         "evaluates_here": settings.evaluate,
         "privacy": settings.privacy.mode if not settings.privacy.private else asdict(settings.privacy),
-        "secure_aggregation": bool(_roster(message)),
+        "secure_aggregation": roster_of(message) is not None,
     }
 
 
-def _roster(message: Hello | Plan) -> str:
-    """The digest of the roster that it names; empty in the clear."""
+def roster_of(message: Hello | Plan) -> str | None:
+    """The digest of the roster that it names; None in the clear."""
     if isinstance(message, Hello):
-        return message.roster
-    return message.secure.roster if message.secure is not None else ""
+        return message.roster or None
+    return message.secure.roster if message.secure is not None else None

@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from client.data_sets import RecordSource
-from client.guard import Guard
+from client.faults import asked_for, reason_of
+from client.guard import Guard, roster_of
 from client.ledger import Ledger
 from client.local_round import LocalRound
 from client.secure import SecureMember
@@ -25,17 +26,17 @@ from common import fixed_point
 from common.adapter import Adapter, check_same_form, flatten
 from common.base_model import Fingerprint, fingerprint
 from common.config import LoraConfig, ModelConfig
-from common.errors import ConfigError, DataError, ModelError, Refusal
+from common.errors import ModelError, Refusal
 from common.messages import (
     ADAPTER_DIGEST_DIFFERS,
     ADAPTER_DOES_NOT_FIT,
     BASE_MODEL_DIFFERS,
-    DATA_UNREADABLE,
     INTERNAL_ERROR,
     MALFORMED,
     METHOD_UNKNOWN,
     NOT_INVITED,
     PROTOCOL,
+    STORAGE_FAILED,
     VERSION_DIFFERS,
     Contribution,
     Hello,
@@ -115,27 +116,38 @@ class Institution:
         except Refusal as refusal:
             self.log.warning("%s refused: %s", self.name, refusal)
             return Refused.of(refusal, self.name)
-        except (DataError, OSError) as error:
-            self.log.error("%s cannot read its records: %s", self.name, error)
-            return Refused(DATA_UNREADABLE, self.name)
-        except (ConfigError, ModelError) as error:
-            self.log.error("%s cannot follow the plan: %s", self.name, error)
-            return Refused(MALFORMED, self.name)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # what a library in Rust raises when it panics is no Exception
-            self.log.exception("%s failed", self.name)
-            return Refused(INTERNAL_ERROR, self.name)
+        except BaseException as error:  # what a library in Rust raises when it panics is no Exception
+            reason = reason_of(error)
+            if reason in (INTERNAL_ERROR, STORAGE_FAILED):  # which step it was, only a stack trace tells
+                self.log.exception("%s failed, %s", self.name, reason)
+            else:
+                self.log.error("%s cannot take part, %s: %s", self.name, reason, error)
+            return Refused(reason, self.name)
 
     def _introduce(self, hello: Hello) -> Reply:
         own = version("silotune")
         if _release(hello.version) != _release(own):
             raise Refusal(VERSION_DIFFERS, f"the coordinator runs Silotune {hello.version}, this is {own}", (own,))
         self.run_directory(hello.run)
-        if self.guard is not None:
-            self.guard.admit(hello)
+        self._admit(hello)
         self._require_base(hello.fingerprint)
         return Introduction(self.name, PROTOCOL, own, fingerprint(self.model.path))
+
+    def _admit(self, message: Hello | Plan) -> None:
+        """Lets a run, or a round of it, pass before anything is read or computed.
+
+        Raises Refusal(roster_differs), and only then what `Guard.admit` raises: nobody is asked to approve a run that
+        could only be refused.
+        """
+        roster = roster_of(message)
+        if roster is not None:
+            if self.secure is None:
+                raise Refusal(ROSTER_DIFFERS, "this institution is on no roster for secure aggregation")
+            self.secure.require_roster(roster)
+        if self.guard is not None:
+            self.guard.admit(message)
 
     def _require_base(self, expected: Fingerprint) -> None:
         """Raises Refusal(base_model_differs), naming what differs, when another base model is meant than this one."""
@@ -155,18 +167,16 @@ class Institution:
         # A round's number names a file: a false one would stand in the way of the rounds to come.
         if type(plan.round) is not int or not 1 <= plan.round <= settings.rounds:
             raise Refusal(MALFORMED, f"round {plan.round!r} of {settings.rounds!r}")
-        if self.guard is not None:
-            self.guard.admit(plan)
+        self._admit(plan)
         self._require_base(plan.fingerprint)
-        model = _shared_model(self.model, json.dumps(asdict(settings.lora)))
+        model = self._model(settings.lora)
         self._require_form(start, model)
         here = self._round(plan)
+        parameters = len(flatten(start.factors, METHODS[settings.method].trained(start)))
         if self.secure is not None and (plan.secure is not None or self.secure.policy.required):
-            trained = METHODS[settings.method].trained(start)
-            parameters = len(flatten(start.factors, trained))
             return self.secure.begin(plan, parameters, lambda: here.update(start, model), here.draw)
-        if plan.secure is not None:
-            raise Refusal(ROSTER_DIFFERS, "this institution is on no roster for secure aggregation")
+        if plan.parameters != parameters:
+            raise Refusal(MALFORMED, f"{plan.parameters} parameters, expected {parameters}")
         vector = here.draw(here.update(start, model))
         return Contribution(plan.digest(), fixed_point.pack(vector, plan.layout.ring_bits))
 
@@ -180,9 +190,13 @@ class Institution:
         if adapter.digest() != publication.adapter:
             raise Refusal(ADAPTER_DIGEST_DIFFERS, "the adapter that came is not the one that the coordinator signed")
         self._require_base(publication.fingerprint)
-        self._require_form(adapter, _shared_model(self.model, json.dumps(asdict(publication.lora))))
+        self._require_form(adapter, self._model(publication.lora))
         self.shelf(publication, adapter)
         return Received(publication.run)
+
+    def _model(self, lora: LoraConfig) -> LoraModel:
+        with asked_for():
+            return _shared_model(self.model, json.dumps(asdict(lora)))
 
     def _require_form(self, adapter: Adapter, model: LoraModel) -> None:
         try:

@@ -99,6 +99,13 @@ def init(
     return made
 
 
+def own_home(path: Path | None) -> ClientHome:
+    """The home that a command means, where there is an institution. Raises as `card` and `ClientHome.at` do."""
+    home = ClientHome.at(path)
+    card(home)
+    return home
+
+
 def card(home: ClientHome) -> Card:
     """The card that `init` made. Raises ConfigError when there is none or it was changed, and StorageError."""
     if not home.card.exists():

@@ -10,7 +10,7 @@ import typer
 from client import chain_commands
 from client.chain_commands import PublicKey
 from client.home import ClientHome
-from client.log_commands import Home
+from client.options import Home
 from common import cli
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def show(
     It does not verify the ledger.
     """
     from client import policy_file
+    from client.keys import own_home
     from client.ledger_account import accounts
 
-    where = ClientHome.at(home)
+    where = own_home(home)
     entries, unreadable = _entries(where.ledger)
     with cli.progress_console(as_json) as console:
         found = accounts(entries, policy_file.read(where.policy), points)
@@ -71,10 +72,11 @@ def forecast(
     A round that has to be repeated counts again in modes institution and distributed. Nothing is written.
     """
     from client import policy_file
+    from client.keys import own_home
     from client.ledger_account import forecasts
     from common.config_files import load
 
-    where = ClientHome.at(home)
+    where = own_home(home)
     asked = load(config, overrides or [])
     entries, unreadable = _entries(where.ledger)
     with cli.progress_console(as_json) as console:
@@ -112,10 +114,11 @@ def verify(
 
     Needs no network, and for a copy no home. Ends with exit code 5 when something was altered, removed or added.
     """
+    from client.keys import own_home
     from client.ledger import FORM
 
-    where = ClientHome.at(home)
-    chain_commands.verify(FORM, file or where.ledger, public_key, where.card, as_json)
+    place = own_home(home).ledger if file is None else file
+    chain_commands.verify(FORM, place, public_key, ClientHome.at(home).card, as_json)
 
 
 @ledger.command(epilog=cli.EPILOG)
@@ -125,9 +128,10 @@ def export(
     as_json: cli.Json = False,
 ) -> None:
     """Write the whole ledger into one file, which `ledger verify` checks anywhere. It holds no records and no keys."""
+    from client.keys import own_home
     from client.ledger import FORM
 
-    chain_commands.export(FORM, ClientHome.at(home).ledger, file, as_json)
+    chain_commands.export(FORM, own_home(home).ledger, file, as_json)
 
 
 @ledger.command(epilog=cli.EPILOG)

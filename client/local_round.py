@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from client.data_sets import RecordSet, RecordSource
+from client.faults import asked_for
 from client.guard import Guard
 from client.ledger import Ledger, Spend
 from client.policy_file import Population
@@ -41,6 +42,9 @@ from common.privacy.distributed import noised
 from common.privacy.mechanism import noise_multiplier, round_event, steps_per_round
 from common.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 from common.randomness import seeded
+
+if TYPE_CHECKING:
+    from client.private_training import NoisedStep
 
 _EVERY_RUN = "silotune: which of a person's records are used"
 
@@ -79,9 +83,12 @@ class LocalRound:
         Returns the vector that leaves, or, where noise is added in shares, the update that `draw` makes it from. What
         training spends of a privacy budget is in the ledger when this returns.
 
-        Raises Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) before it trains, DataError and StorageError.
+        Raises Refusal(malformed), Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) before it trains,
+        DataError and StorageError.
         """
         plan, settings = self.plan, self.plan.settings
+        with asked_for():
+            _ = plan.layout, self._step  # before the round counts
         if self.guard is not None:
             self.guard.begin(plan)
         self._require_budget()
@@ -128,17 +135,16 @@ class LocalRound:
         settings = self.plan.settings
         trained = METHODS[settings.method].trained(start)
         assignment = Assignment(self.plan.round, settings.rounds, trained, settings.seed, self.chance)
-        if settings.privacy.mode not in (RECORD, PATIENT):
+        step = self._step
+        if step is None:
             examples = self._load("train").examples
-            return train(model, examples, start, state, self._config, assignment), len(examples)
-        from client.private_training import NoisedStep, train_privately
+            with asked_for():
+                return train(model, examples, start, state, self._config, assignment), len(examples)
+        from client.private_training import train_privately
 
-        privacy = settings.privacy
-        steps = steps_per_round(settings.train.passes_per_round, privacy.sampling_rate)
-        sigma = noise_multiplier(privacy, settings.rounds, steps)
-        step = NoisedStep(sigma, privacy.clip, privacy.sampling_rate)
-        noise = self._noise("training")
-        return train_privately(model, self._units(), start, state, self._config, step, assignment, noise), 0
+        units, noise = self._units(), self._noise("training")
+        with asked_for():
+            return train_privately(model, units, start, state, self._config, step, assignment, noise), 0
 
     @property
     def _state(self) -> str:
@@ -155,10 +161,22 @@ class LocalRound:
 
         settings = self.plan.settings
         keys = METHODS[settings.method].trained(start)
-        privacy, noise = settings.privacy, self._noise("lot")
-        total = clipped_sum(model, self._units(), start, keys, self._config, privacy.clip, privacy.sampling_rate, noise)
+        privacy, noise, units = settings.privacy, self._noise("lot"), self._units()
+        with asked_for():
+            total = clipped_sum(model, units, start, keys, self._config, privacy.clip, privacy.sampling_rate, noise)
         append_line(self.directory / "metrics.jsonl", json.dumps({"round": self.plan.round, "void": False, "steps": 1}))
         return -total
+
+    @property
+    def _step(self) -> NoisedStep | None:
+        """What each step of DP-SGD bounds and adds; None in modes without. Raises ConfigError."""
+        settings, privacy = self.plan.settings, self.plan.settings.privacy
+        if privacy.mode not in (RECORD, PATIENT):
+            return None
+        from client.private_training import NoisedStep
+
+        steps = steps_per_round(settings.train.passes_per_round, privacy.sampling_rate)
+        return NoisedStep(noise_multiplier(privacy, settings.rounds, steps), privacy.clip, privacy.sampling_rate)
 
     @property
     def _config(self) -> TrainConfig:
@@ -221,12 +239,13 @@ class LocalRound:
 
     @property
     def _cost(self) -> Spend | None:
-        event = self.event
-        if event is None:
-            return None
         plan, settings = self.plan, self.plan.settings
         attempt = plan.secure.attempt if plan.secure else 0
-        return Spend.of(event, settings.privacy.mode, plan.run, plan.round, attempt, settings.data_set)
+        with asked_for():
+            event = self.event
+            if event is None:
+                return None
+            return Spend.of(event, settings.privacy.mode, plan.run, plan.round, attempt, settings.data_set)
 
     @property
     def _population(self) -> Population:

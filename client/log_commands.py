@@ -10,6 +10,7 @@ import typer
 from client import chain_commands
 from client.chain_commands import PublicKey
 from client.home import ClientHome
+from client.options import Home
 from common import cli
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
 
 log = typer.Typer(help="What left this institution, message by message: show it, verify it, export it.")
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The institution's own directory; else $SILOTUNE_CLIENT_HOME, ~/.silotune/client."
-    ),
-]
 _FILE = typer.Argument(metavar="[LOG]", help="An exported log, or a copy of the directory; else the one in the home.")
 
 
@@ -85,11 +80,13 @@ def export(
     """Write the whole log into one file, which `log verify` checks anywhere. It holds no records and no keys."""
     from client.egress import FORM
 
-    chain_commands.export(FORM, ClientHome.at(home).egress, file, as_json)
+    chain_commands.export(FORM, _place(None, home), file, as_json)
 
 
 def _place(file: Path | None, home: Path | None) -> Path:
-    return ClientHome.at(home).egress if file is None else file
+    from client.keys import own_home
+
+    return own_home(home).egress if file is None else file
 
 
 def _print_entries(entries: deque[Entry], console: Console) -> None:

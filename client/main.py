@@ -15,6 +15,7 @@ import typer
 from client import adapter_commands, check_command, daemon_commands
 from client.ledger_commands import ledger
 from client.log_commands import log
+from client.options import Home
 from common import cli
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from common.records import Record
 
 app = cli.application("Take part in a federation as one institution: see what training would read from its records.")
-
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The institution's own directory; else $SILOTUNE_CLIENT_HOME, ~/.silotune/client."
-    ),
-]
 
 
 @app.command(epilog=cli.EPILOG)

@@ -81,7 +81,7 @@ class Marks:
                 raise ValueError("expected attempt, settings and sums")
         except FileNotFoundError:
             return {"attempt": 0, "settings": "", "sums": {}}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             # Without its marks a member cannot know what it consented to, so it answers nothing.
             raise StorageError(f"{self._file} cannot be read: {error}; restore it, or start a new run") from error
         return marks

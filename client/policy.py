@@ -53,8 +53,7 @@ class Policy:
         secure = plan.secure
         if secure is None:
             raise Refusal(reasons.SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
-        if secure.roster != self.roster.digest() or self.roster.keys.get(name) != public:
-            raise Refusal(reasons.ROSTER_DIFFERS, "the coordinator holds another roster, or this one has another key")
+        self.accept_roster(secure.roster, name, public)
         in_order = list(plan.cohort) == sorted(set(plan.cohort))
         if name not in plan.cohort or not set(plan.cohort) <= set(self.roster.keys) or not in_order:
             raise Refusal(reasons.COHORT_UNKNOWN, f"the cohort is {plan.cohort}")
@@ -74,6 +73,11 @@ class Policy:
                 f"{parameters} in {layout.length} of {layout.ring_bits}",
             )
         return attempt
+
+    def accept_roster(self, named: str, name: str, public: bytes) -> None:
+        """Raises Refusal(roster_differs) unless that is this roster's digest, and it has that key for this member."""
+        if named != self.roster.digest() or self.roster.keys.get(name) != public:
+            raise Refusal(reasons.ROSTER_DIFFERS, "the coordinator holds another roster, or this one has another key")
 
     def _check_terms(self, secure: SecurePlan, invited: int) -> None:
         members = secure.terms.members

@@ -25,7 +25,7 @@ from client.fleet import (
     trust_in,
 )
 from common.enrolment import Address
-from common.errors import SilotuneError
+from common.errors import Unreachable
 
 _ANSWER_BYTES = 1 << 16
 _UNSURE_S = 3  # by which two clocks may be further apart than can be told
@@ -34,12 +34,8 @@ _UNSURE_S = 3  # by which two clocks may be further apart than can be told
 _NOT_YET_VALID, _EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 9, 10, 62, 64
 
 
-class Unreached(SilotuneError):
-    """The coordinator cannot be reached, or not as a member. Says which step failed, and who can mend it."""
-
-
 class Way:
-    """A connection that is made step by step: `resolve`, `connect`, `greet`, `ask`. Each raises Unreached."""
+    """A connection that is made step by step: `resolve`, `connect`, `greet`, `ask`. Each raises Unreachable."""
 
     def __init__(
         self,
@@ -70,7 +66,7 @@ class Way:
         try:
             found = socket.getaddrinfo(host, self._address.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise Unreached(
+            raise Unreachable(
                 f"expected an address for {host}, found none ({getattr(error, 'strerror', None) or error}); see that"
                 " this machine asks a name server that knows the name, or ask the coordinator for its right name"
             ) from error
@@ -87,7 +83,7 @@ class Way:
                 why = "nobody listens; ask the coordinator whether `silotune-server up` runs, and on which port"
             else:
                 why = f"{error.strerror or error}; see this machine's network"
-            raise Unreached(f"expected a connection to {self._address}, found none: {why}") from error
+            raise Unreachable(f"expected a connection to {self._address}, found none: {why}") from error
 
     def greet(self) -> datetime:
         """TLS with the pinned authority; until when the coordinator's certificate is valid."""
@@ -97,9 +93,9 @@ class Way:
         try:
             secured = trust.wrap_socket(self._socket, server_hostname=self._address.host)
         except ssl.SSLCertVerificationError as error:
-            raise Unreached(self._mistrusted(error)) from error
+            raise Unreachable(self._mistrusted(error)) from error
         except (ssl.SSLError, OSError) as error:
-            raise Unreached(
+            raise Unreachable(
                 f"expected TLS 1.3 at {self._address}, found something else ({_said(error)}); see that the port is the"
                 " members' one, and that no proxy on the way takes connections apart"
             ) from error
@@ -141,7 +137,7 @@ class Way:
             found = connection.getresponse()
             content = found.read(_ANSWER_BYTES)
         except (OSError, http.client.HTTPException) as error:
-            raise Unreached(
+            raise Unreachable(
                 f"expected an answer of the coordinator at {self._address}, found none ({_said(error)}); ask it to see"
                 " `silotune-server status`"
             ) from error
@@ -149,7 +145,7 @@ class Way:
         told = (found.status, _code(content))
         if told == (400, ENROLLED):
             return ahead_s
-        raise Unreached(self._refusal(told, ahead_s))
+        raise Unreachable(self._refusal(told, ahead_s))
 
     def _refusal(self, told: tuple[int, int | None], ahead_s: float | None) -> str:
         status, code = told

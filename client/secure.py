@@ -67,6 +67,10 @@ class SecureMember:
         session = self._session
         return "" if session is None else session.plan.run
 
+    def require_roster(self, named: str) -> None:
+        """Raises Refusal(roster_differs) for the digest of another roster than the one this member agreed to."""
+        self.policy.accept_roster(named, self.identity.name, self.identity.public)
+
     def begin(
         self,
         plan: Plan,

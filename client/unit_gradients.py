@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from client.units import Unit
 from common.adapter import Adapter
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.models import LoraModel
 from common.randomness import seeded
 from common.text import Example, packs
@@ -132,7 +132,7 @@ class UnitGradients:
         self._entered = ExitStack()
 
     def __enter__(self) -> UnitGradients:
-        """Raises ModelError when the architecture cannot checkpoint."""
+        """Raises ConfigError when the architecture cannot checkpoint."""
         tried, this = _TRIED.setdefault(self.model, {}), (self.checkpointing, tuple(self.parameters))
         if this not in tried:
             tried[this] = _can_share_rows(self)
@@ -220,7 +220,7 @@ class UnitGradients:
         layout = self._layout
         if layout is None or inputs.shape[:-1].numel() != layout.shape[0] * layout.shape[1]:
             # Else the trial has missed a layer to which some tokens only go.
-            raise ModelError(
+            raise ConfigError(
                 "expected every trained layer to see each token, so that it is known whose it is, found one of"
                 f" {type(self.model.peft.get_base_model()).__name__} that sees others; name other layers in"
                 " lora.target_modules"
@@ -260,7 +260,7 @@ def _can_share_rows(gradients: UnitGradients) -> bool:
     )
     try:
         found = [_tried(gradients, together) for together in (True, False)]
-    except ModelError:
+    except (ConfigError, ModelError):
         return False
     finally:
         model.write(before)

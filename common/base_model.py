@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 # Differ between copies of one model without changing what it computes.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def fingerprint(path: str) -> Fingerprint:
     directory = model_directory(path)
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{directory / 'config.json'} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{directory / 'config.json'}: expected a JSON object, found {type(config).__name__}")
@@ -88,13 +89,13 @@ def fingerprint(path: str) -> Fingerprint:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights in {directory} are broken: {error}") from error
     vocabulary = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        known = file.name.startswith(
-            ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
-        )
-        if known and file.is_file():
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-            vocabulary.update(json.dumps([file.name, content]).encode())
+    try:
+        for file in sorted(directory.iterdir()):
+            if file.name.startswith(_TOKENIZER_FILES) and file.is_file():
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+                vocabulary.update(json.dumps([file.name, content]).encode())
+    except OSError as error:
+        raise ModelError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return Fingerprint(
         config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         weights=sha.hexdigest(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from common.errors import ConfigError, DataError, ModelError, RunStopped, SilotuneError, StorageError
+from common.errors import ConfigError, DataError, ModelError, RunStopped, SilotuneError, StorageError, Unreachable
 
 if TYPE_CHECKING:
     import click
@@ -26,6 +26,7 @@ EXIT_CODES: dict[type[SilotuneError], int] = {
     ModelError: 4,
     StorageError: 5,
     RunStopped: 6,
+    Unreachable: 7,
 }
 """By cause; 1 is any other error, 2 also a command line that cannot be read."""
 
@@ -33,7 +34,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 EPILOG = (
     "Exit codes: 0 done, 2 configuration or command line, 3 records, 4 model or adapter, 5 disk, 6 run stopped,"
-    " 130 interrupted, 1 anything else."
+    " 7 no connection or no answer, 130 interrupted, 1 anything else."
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout at the end; all else to stderr.")]

@@ -31,6 +31,10 @@ class RunStopped(SilotuneError):
     """A run that ended before its last round; says why, what is kept, and how to go on."""
 
 
+class Unreachable(SilotuneError):
+    """Another machine or a service that cannot be reached, or does not answer as it must; says which step failed."""
+
+
 class Refusal(SilotuneError):
     """An institution does not take part in a phase.
 

@@ -38,6 +38,9 @@ ADAPTER_DIGEST_DIFFERS = "adapter_digest_differs"
 ADAPTER_DOES_NOT_FIT = "adapter_does_not_fit"
 METHOD_UNKNOWN = "method_unknown"
 DATA_UNREADABLE = "data_unreadable"
+MODEL_UNUSABLE = "model_unusable"
+NOT_CONFIGURED = "not_configured"
+STORAGE_FAILED = "storage_failed"
 NOT_INVITED = "not_invited"
 MALFORMED = "malformed"
 INTERNAL_ERROR = "internal_error"
@@ -59,6 +62,9 @@ REASONS = frozenset(
         ADAPTER_DOES_NOT_FIT,
         METHOD_UNKNOWN,
         DATA_UNREADABLE,
+        MODEL_UNUSABLE,
+        NOT_CONFIGURED,
+        STORAGE_FAILED,
         NOT_INVITED,
         MALFORMED,
         INTERNAL_ERROR,

@@ -15,7 +15,7 @@ import numpy as np
 from common.adapter import Adapter, check_same_form
 from common.base_model import model_directory
 from common.config import LoraConfig, ModelConfig
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.files import write_directory
 from common.text import Example, Pack, pack
 
@@ -87,7 +87,7 @@ class LoraModel:
     def checkpoint_activations(self, wanted: bool) -> None:
         """Whether training keeps activations, or computes them again in the backward pass.
 
-        Raises ModelError when the architecture cannot do the second.
+        Raises ConfigError when the architecture cannot do the second.
         """
         if wanted == self._checkpointing:
             return
@@ -102,7 +102,7 @@ class LoraModel:
                     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 except ValueError as error:
                     name = type(base).__name__
-                    raise ModelError(f"train.checkpointing: found true, which {name} does not know") from error
+                    raise ConfigError(f"train.checkpointing: found true, which {name} does not know") from error
         self._checkpointing = wanted
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
@@ -168,8 +168,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load(model: ModelConfig, lora: LoraConfig, seed: int) -> LoraModel:
     """Loads the base model, freezes it and puts a fresh adapter on it (A random from `seed`, B zero).
 
-    Raises ModelError when the directory holds no complete causal language model with a tokenizer that fits, lacks a
-    target module, or when this machine cannot hold the model as `model` wants it.
+    Raises ModelError when the directory holds no complete causal language model with a tokenizer that fits, or when
+    this machine cannot hold the model as `model` wants it; ConfigError for layers that the model has not.
     """
     import torch
 
@@ -294,18 +294,18 @@ def _with_adapter(base: Any, lora: LoraConfig, directory: Path) -> Any:
             warnings.simplefilter("ignore", RuntimeWarning)
             return get_peft_model(base, peft_config(lora, str(directory))).eval()
     except ValueError as error:
-        raise ModelError(f"lora.target_modules: {error}") from error
+        raise ConfigError(f"lora.target_modules: {error}") from error
 
 
 def _check_targets(base: torch.nn.Module, targets: Sequence[str], directory: Path) -> None:
-    """Raises ModelError, naming what there is, when a target module is no linear layer: PEFT passes over some."""
+    """Raises ConfigError, naming what there is, when a target module is no linear layer: PEFT passes over some."""
     import torch
 
     linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
     unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
     if unknown and list(targets) != ["all-linear"]:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise ModelError(
+        raise ConfigError(
             f"lora.target_modules: expected linear layers of the model in {directory} ({there}) or all-linear, "
             f"found {', '.join(unknown)}"
         )

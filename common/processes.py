@@ -134,12 +134,14 @@ def supervise(
     healthy_s: float = 30.0,
     final: Collection[int] = (),
     grace_s: float = 4.0,
+    hangs: Callable[[], bool] = lambda: False,
 ) -> int | None:
     """Keeps a process running until `stop` is set; then ends it, by force after `grace_s`, and returns None.
 
     One that ends by itself is started again: after about a second at first, twice as long each time, a minute at most;
     after about a second again once it ran for `healthy_s`. final: exit codes that another start would not mend; such a
-    code is returned at once.
+    code is returned at once. hangs: asked all the time; one that does is ended, by force after `grace_s`, as if it had
+    ended by itself.
 
     Raises what `start` raises, but for OSError, which counts as an end.
     """
@@ -154,7 +156,7 @@ def supervise(
             pid = child.pid
             try:
                 on_event(ChildEvent(STARTED, pid))
-                while child.code is None and not stop.wait(_LOOK_S):
+                while child.code is None and not hangs() and not stop.wait(_LOOK_S):
                     pass
             finally:
                 code = child.stop(grace_s)

@@ -6,18 +6,18 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 import httpx
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
-from common.errors import SilotuneError
+from common.errors import Unreachable
 from server.superlink import Endpoint
 
 
-class ServiceError(SilotuneError):
+class ServiceError(Unreachable):
     """A service of the coordinator that does not start, answer, or do what it was asked."""
 
 
@@ -43,20 +43,28 @@ class Status(ServiceError):
 class Calls:
     """Calls of one SuperLink on this machine.
 
-    patience_s: how long one that is not there is tried again; not once `stop` is set.
+    patience_s: how long one that is not there is tried again; not once `stop` is set. timeout_s: how long each try may
+    take. heard: told of every answer, whatever it is.
     """
 
     def __init__(
-        self, endpoint: Endpoint, component: str, patience_s: float, stop: threading.Event | None = None
+        self,
+        endpoint: Endpoint,
+        component: str,
+        patience_s: float,
+        stop: threading.Event | None = None,
+        timeout_s: float = 30.0,
+        heard: Callable[[], None] = lambda: None,
     ) -> None:
         trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         trust.load_verify_locations(cadata=endpoint.root.decode("ascii"))
         self._stop = stop or threading.Event()
         self._patience_s = patience_s
+        self._heard = heard
         self._http = httpx.Client(
             base_url=f"https://{endpoint.address}",
             verify=trust,
-            timeout=30.0,
+            timeout=timeout_s,
             trust_env=False,  # a proxy of the environment is not for the loopback interface
             limits=httpx.Limits(keepalive_expiry=30),
             headers={
@@ -81,6 +89,7 @@ class Calls:
                 self._stop.wait(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, 2.0)
                 continue
+            self._heard()
             if found.status_code != httpx.codes.OK:
                 raise Status(path, found.status_code, found.text[:500])
             parsed = response()

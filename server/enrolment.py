@@ -155,7 +155,7 @@ def identity(home: ServerHome, passphrase: bytes | None) -> Identity:
     Raises ConfigError when there is none, when others can enter the directories or read it, and for a passphrase that
     is missing, wrong or too much; StorageError when it is damaged.
     """
-    _check_complete(home)
+    require_coordinator(home)
     for directory in (home.root, home.identity_key.parent):
         check_private_directory(directory)
     return Identity(COORDINATOR, read_identity_key(home.identity_key, passphrase))
@@ -163,7 +163,7 @@ def identity(home: ServerHome, passphrase: bytes | None) -> Identity:
 
 def roster(home: ServerHome) -> SignedRoster:
     """The roster as it stands. Raises ConfigError when there is none or it was changed, and StorageError."""
-    _check_complete(home)
+    require_coordinator(home)
     return read_roster(home.roster)
 
 
@@ -211,7 +211,7 @@ def read_settings(home: ServerHome) -> Settings:
     """server.yaml. Raises ConfigError for what cannot be meant, and StorageError when it cannot be read."""
     import yaml
 
-    _check_complete(home)
+    require_coordinator(home)
     kinds: dict[str, type] = {"federation": str, "hosts": list, "port": int, "superlink_port": int}
     try:
         said: Any = yaml.safe_load(read_file(home.settings, _LIMIT).decode())
@@ -241,7 +241,8 @@ def _yaml(settings: Settings) -> str:
     )
 
 
-def _check_complete(home: ServerHome) -> None:
+def require_coordinator(home: ServerHome) -> None:
+    """Raises ConfigError where no coordinator was set up, or its roster is gone."""
     if home.roster.exists():
         return
     if home.identity_key.exists():

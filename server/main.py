@@ -12,6 +12,7 @@ import typer
 
 from common import cli
 from server import run_commands, service_commands
+from server.options import Home
 
 if TYPE_CHECKING:
     from common.enrolment import SignedRoster
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
 
 app = cli.application("Coordinate a federation: enrol its members, keep its services up, run and resume.")
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The coordinator's own directory; else $SILOTUNE_SERVER_HOME, ~/.silotune/server."
-    ),
-]
 Certificate = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A server certificate from elsewhere (PEM), those that lead to it after it."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import httpx
@@ -60,8 +61,16 @@ class KeyRemovedError(ServiceError):
 class Operator:
     """What the coordinator's operator asks of the SuperLink. Close it, or use it in a `with`."""
 
-    def __init__(self, endpoint: Endpoint, patience_s: float = 20.0, stop: threading.Event | None = None) -> None:
-        self._calls = Calls(endpoint, "flwr", patience_s, stop)
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        patience_s: float = 20.0,
+        stop: threading.Event | None = None,
+        timeout_s: float = 30.0,
+        heard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The rest as `Calls` has it."""
+        self._calls = Calls(endpoint, "flwr", patience_s, stop, timeout_s, heard)
 
     def __enter__(self) -> Operator:
         return self

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common import cli
+from server.options import Home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +17,6 @@ if TYPE_CHECKING:
     from server.home import ServerHome
     from server.runs import Run, Status
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The coordinator's own directory; else $SILOTUNE_SERVER_HOME, ~/.silotune/server."
-    ),
-]
 Name = Annotated[str, typer.Argument(metavar="RUN", help="A run, as `silotune-server list` names it.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Drive it in the background, and return once it is begun.")]
 
@@ -119,11 +114,12 @@ def list_runs(home: Home = None, as_json: cli.Json = False) -> None:
     """List all runs: which state, how many rounds, and the best perplexity on the coordinator's validation records."""
     from rich.table import Table
 
-    from server import runs
+    from server import enrolment, runs
     from server.home import ServerHome
     from server.verdict import perplexity_text
 
     where = ServerHome.at(home)
+    enrolment.require_coordinator(where)
     found = [(each, _stands(each)) for each in runs.all_runs(where.runs)]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("run", "state", "rounds", "perplexity", "started"):

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common import cli
-
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The coordinator's own directory; else $SILOTUNE_SERVER_HOME, ~/.silotune/server."
-    ),
-]
+from server.options import Home
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +24,8 @@ def up(
 ) -> None:
     """Run the services that members connect to, until SIGTERM or Ctrl-C; needs no passphrase.
 
-    Both are started again when they end. Who is enrolled or removed meanwhile is let in or shut out within seconds.
+    Both are started again when they end, the SuperLink also when it answers nothing for a minute. Who is enrolled or
+    removed meanwhile is let in or shut out within seconds.
     """
     import threading
     from collections import Counter

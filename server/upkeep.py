@@ -22,6 +22,7 @@ from server.enrolment import Settings, read_settings, roster
 from server.home import ServerHome
 from server.operator import KeyRemovedError, Operator
 from server.ports import check_address, check_free
+from server.pulse import Pulse
 from server.superlink import SuperLinkHome, start_superlink
 
 # What `serve` tells of.
@@ -40,6 +41,8 @@ EVERYWHERE = "0.0.0.0"
 
 _FRONT = "from server.front import main; main()"
 _LOOK_S = 1.0
+_ANSWER_S = 5.0  # for one call of the SuperLink; a signal waits as long at most
+_SILENT_S, _STARTING_S = 60.0, 600.0  # until a SuperLink that answers nothing is started anew
 _WARN_DAYS = 30
 _LIMIT = 1 << 16
 
@@ -61,9 +64,10 @@ def serve(
 ) -> None:
     """Keeps the services running until `stop` is set; then ends them within seconds.
 
-    What ends by itself is started again. The SuperLink's nodes are kept equal to the roster, whenever that changes, and
-    the members' door takes up another certificate by itself. listen: the address of the members' port; the SuperLink's
-    is on loopback only. on_event: is called by one thread at a time.
+    What ends by itself is started again, and so is a SuperLink that answers nothing for a minute. The SuperLink's nodes
+    are kept equal to the roster, whenever that changes, and the members' door takes up another certificate by itself.
+    listen: the address of the members' port; the SuperLink's is on loopback only. on_event: is called by one thread at
+    a time.
 
     Raises ConfigError when there is no coordinator in the home, the services run already, a port is taken, an address
     is none, or a member would refuse the certificate; StorageError when the disk does.
@@ -101,6 +105,7 @@ class _Upkeep:
         self._since = timestamp(datetime.now(UTC))
         self._ready = False
         self._door_answers = threading.Event()
+        self._pulse = Pulse(_SILENT_S, _STARTING_S)
         self._members: dict[str, str] = {}
         self._refused: set[str] = set()  # node keys, as on their cards, that the SuperLink does not take back
         self._roster_stamp: tuple[int, int, int] | None = None  # looked at again: it may have changed meanwhile
@@ -120,10 +125,12 @@ class _Upkeep:
             with ThreadPoolExecutor(2, "supervise") as pool:
                 kept: list[Future[int | None]] = []
                 try:
-                    kept.append(pool.submit(supervise, self._start_superlink, over, self._on_superlink))
+                    kept.append(
+                        pool.submit(supervise, self._start_superlink, over, self._on_superlink, hangs=self._pulse.hangs)
+                    )
                     kept.append(pool.submit(supervise, self._start_door, over, self._on_door))
                     endpoint = self._superlink.endpoint(self._settings.superlink_port)
-                    with Operator(endpoint, patience_s=0) as operator:
+                    with Operator(endpoint, 0, timeout_s=_ANSWER_S, heard=self._pulse.answered) as operator:
                         while not stop.wait(_LOOK_S) and not any(found.done() for found in kept):
                             self._look(operator)
                 finally:
@@ -136,6 +143,7 @@ class _Upkeep:
     # --- The processes ------------------------------------------------------------------------------------------------
 
     def _start_superlink(self) -> Child:
+        self._pulse.started()
         return start_superlink(self._superlink, self._settings.superlink_port)
 
     def _start_door(self) -> Child:
@@ -147,7 +155,8 @@ class _Upkeep:
         return Child(_FRONT, arguments, self._door_log)
 
     def _on_superlink(self, event: ChildEvent) -> None:
-        self._tell_of("the SuperLink", event, self._superlink.log)
+        hung = f"answered nothing for {_SILENT_S:.0f} s and " if self._pulse.hangs() else ""
+        self._tell_of(f"the SuperLink {hung}".rstrip(), event, self._superlink.log)
 
     def _on_door(self, event: ChildEvent) -> None:
         if event.kind != STARTED:
@@ -172,6 +181,8 @@ class _Upkeep:
             answers = False
             if isinstance(error, Status):  # it is there, and says no
                 self._complain("SuperLink", str(error))
+            else:
+                self._pulse.missed()
         self._set_ready(answers and self._reach_door())
         self._watching("state", self._say)
 

@@ -16,7 +16,7 @@ import numpy as np
 from common.adapter import Adapter, flatten
 from common.base_model import fingerprint, model_directory
 from common.config import Config
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.fixed_point import Ring, pack, void
 from common.messages import Contribution, Plan, Reply, Request, SecurePlan, Settings, TrainRequest
 from common.methods import method_named
@@ -105,7 +105,7 @@ def form_of(config: Config) -> Form:
                 if isinstance(module, torch.nn.Linear) and "lm_head" not in name
             )
             adapted = _adapted(base, config, directory)
-    except ModelError:
+    except (ConfigError, ModelError):
         raise
     except Exception as error:  # what is raised depends on which file is broken, and how
         raise ModelError(f"{directory} does not say what form its model has: {error}") from error

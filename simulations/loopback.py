@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,19 +24,22 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from client.data_sets import DataSet
 from client.ledger_account import round_event
 from common import config_files
 from common.config import COORDINATOR, Config, FileConfig, named
-from common.errors import ConfigError, RunStopped
+from common.errors import ConfigError, DataError, RunStopped
 from common.files import storage_errors, write_text
 from common.privacy.accounting import epsilon
-from common.records import write_jsonl
+from common.records import Record, read_jsonl, write_jsonl
+from common.splits import split
 from simulations import prepare
 
 DATA_SET = "notes"
 """What the federation calls the records."""
 
 _READY_S, _STOP_S = 120.0, 30.0
+_SEEDS = 1000  # tried for a split; two persons leave a set empty under all of them
 
 Say = Callable[[str], None]
 
@@ -212,6 +215,7 @@ def _enrol(config: Config, place: Loopback, say: Say) -> None:
         options = ("--name", name, "--base-model", config.model.path, "--data-set", f"{DATA_SET}={place.records(name)}")
         call(say, "silotune-client", "init", *options, home=place.client(name))
         _agree(config, place.client(name) / "policy.yaml")
+        _split(place.client(name) / "data.yaml", read_jsonl(place.records(name)))
     port, loopback = _free_ports()
     options = ("--host", "127.0.0.1", "--port", str(port), "--superlink-port", str(loopback))
     call(say, "silotune-server", "init", *options, "--federation", config.name, home=place.server)
@@ -250,6 +254,25 @@ def _budget(config: Config) -> float:
     assert event is not None
     whole = epsilon([replace(event, steps=event.steps * config.federation.rounds)], config.privacy.delta).bound
     return math.ceil(whole * 100) / 100
+
+
+def _split(data: Path, records: Sequence[Record]) -> None:
+    """Edits a data file as an institution would whose few persons leave a set empty: it tries other seeds."""
+    said = yaml.safe_load(data.read_text(encoding="utf-8"))
+    spec = DataSet(**said["data_sets"][DATA_SET])
+    seeds = range(spec.seed, spec.seed + _SEEDS)
+    seed = next((seed for seed in seeds if _fills_every_set(records, replace(spec, seed=seed))), spec.seed)
+    if seed != spec.seed:
+        said["data_sets"][DATA_SET]["seed"] = seed
+        write_text(data, yaml.safe_dump(said, sort_keys=False))
+
+
+def _fills_every_set(records: Sequence[Record], spec: DataSet) -> bool:
+    try:
+        split(records, spec.held_out, spec.seed, lends=False, source=DATA_SET)
+    except DataError:
+        return False
+    return True
 
 
 def _free_ports() -> tuple[int, int]:

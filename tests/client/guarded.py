@@ -116,6 +116,13 @@ class Guarded:
     def marks(self) -> Path:
         return self.home.runs / RUN / "marks.json"
 
+    def without(self, name: str) -> TrustedRoster:
+        """The roster after a member was removed, as this institution would pin it."""
+        now = self.trusted.roster.contents
+        members = tuple(member for member in now.members if member.card.name != name)
+        left = replace(now, serial=now.serial + 1, members=members)
+        return TrustedRoster(SignedRoster.of(left, self.coordinator), WHEN)
+
     def institution(self, **changes: Any) -> Institution:
         """As a daemon that has just started has it; a keyword replaces a part of it."""
         return replace(assemble(self.home, self.keys, self.trusted, self.policy), **changes)

@@ -53,13 +53,16 @@ from common.messages import (
     MALFORMED,
     MESSAGE_TYPE_REFUSED,
     METHOD_UNKNOWN,
+    MODEL_UNUSABLE,
     NAME_DIFFERS,
+    NOT_CONFIGURED,
     NOT_INVITED,
     PROTOCOL,
     PROTOCOL_DIFFERS,
     REASONS,
     RESTARTED,
     SIGNATURE_DIFFERS,
+    STORAGE_FAILED,
     TIMED_OUT,
     VERSION_DIFFERS,
     Hello,
@@ -550,56 +553,63 @@ def by_policy(asked: type[Request]) -> list[Case]:
         Case(
             "nobody knows whether it pauses",
             asked,
-            INTERNAL_ERROR,
+            STORAGE_FAILED,
             damage=lambda b: write(b.place.home.control / "paused.json"),
         ),
         Case(
             "a list of approvals in pieces",
             asked,
-            INTERNAL_ERROR,
+            STORAGE_FAILED,
             {"approval": "manual"},
             damage=lambda b: write(b.place.home.control / "approved.json"),
         ),
         Case(
             "what people said can be read by others",
             asked,
-            MALFORMED,
+            NOT_CONFIGURED,
             damage=seen_by_others,
         ),
         Case(
             "a file where what waits is to be kept",
             asked,
-            MALFORMED,
+            NOT_CONFIGURED,
             {"approval": "manual"},
             damage=lambda b: in_the_way(b.place.home.control),
         ),
-        Case("no base model", asked, MALFORMED, damage=broken(shutil.rmtree), own_base=True),
+        Case("no base model", asked, MODEL_UNUSABLE, damage=broken(shutil.rmtree), own_base=True),
         Case(
             "a base model whose settings are in pieces",
             asked,
-            MALFORMED,
+            MODEL_UNUSABLE,
             damage=broken(lambda base: write(base / "config.json", b"{" + MARK.encode())),
             own_base=True,
         ),
         Case(
             "a base model whose settings are too deep",
             asked,
-            INTERNAL_ERROR,
+            MODEL_UNUSABLE,
             damage=broken(lambda base: write(base / "config.json", b"[" * 100_000)),
             own_base=True,
         ),
         Case(
             "a base model whose weights are in pieces",
             asked,
-            MALFORMED,
+            MODEL_UNUSABLE,
             damage=broken(lambda base: write(base / "model.safetensors")),
             own_base=True,
         ),
         Case(
             "a base model without weights",
             asked,
-            MALFORMED,
+            MODEL_UNUSABLE,
             damage=broken(lambda base: (base / "model.safetensors").unlink()),
+            own_base=True,
+        ),
+        Case(
+            "a base model whose tokenizer cannot be read",
+            asked,
+            MODEL_UNUSABLE,
+            damage=broken(lambda base: unreadable(base / "tokenizer.json")),
             own_base=True,
         ),
         Case(
@@ -644,13 +654,13 @@ def anywhere(asked: type[Request]) -> list[Case]:
         Case(
             "nobody knows what was left",
             asked,
-            INTERNAL_ERROR,
+            STORAGE_FAILED,
             damage=lambda b: write(b.place.home.control / "left.json"),
         ),
         Case(
             "what was left is too deep",
             asked,
-            INTERNAL_ERROR,
+            STORAGE_FAILED,
             damage=lambda b: write(b.place.home.control / "left.json", b"[" * 100_000),
         ),
     ]
@@ -767,6 +777,20 @@ IN_TRAINING = [
         MALFORMED,
         change=lambda b, r: lora_of(r, target_modules=["no_such_layer"]),
     ),
+    Case(
+        "a cohort that no sum can hold",
+        TrainRequest,
+        MALFORMED,
+        {"secure_aggregation": SecureTerms(required=False)},
+        change=lambda b, r: plan_of(r, secure=None, cohort=(ME, *(f"member-{n:04}" for n in range(5000)))),
+    ),
+    Case(
+        "dropout under differential privacy",
+        TrainRequest,
+        MALFORMED,
+        little(1000.0),
+        change=lambda b, r: private(lora_of(r, dropout=0.5)),
+    ),
     Case("an unknown method", TrainRequest, METHOD_UNKNOWN, change=lambda b, r: settings_of(r, method="flora")),
     Case("a round too many", TrainRequest, MALFORMED, change=lambda b, r: plan_of(r, round=4)),
     Case("another roster", TrainRequest, reasons.ROSTER_DIFFERS, change=lambda b, r: secure_of(r, roster=NOBODY)),
@@ -804,41 +828,41 @@ IN_TRAINING = [
     Case(
         "a book of rounds in pieces",
         TrainRequest,
-        INTERNAL_ERROR,
+        STORAGE_FAILED,
         damage=lambda b: write(b.place.book),
     ),
     Case(
         "a directory in place of the book",
         TrainRequest,
-        INTERNAL_ERROR,
+        STORAGE_FAILED,
         damage=lambda b: a_directory(b.place.book),
         prepare=lambda b: b.place.keep_the_day(),
     ),
-    Case("marks in pieces", TrainRequest, INTERNAL_ERROR, damage=lambda b: write(b.place.marks)),
+    Case("marks in pieces", TrainRequest, STORAGE_FAILED, damage=lambda b: write(b.place.marks)),
     Case(
-        "marks that are too deep", TrainRequest, INTERNAL_ERROR, damage=lambda b: write(b.place.marks, b"[" * 100_000)
+        "marks that are too deep", TrainRequest, STORAGE_FAILED, damage=lambda b: write(b.place.marks, b"[" * 100_000)
     ),
     Case(
-        "a directory in place of the marks", TrainRequest, INTERNAL_ERROR, damage=lambda b: a_directory(b.place.marks)
+        "a directory in place of the marks", TrainRequest, STORAGE_FAILED, damage=lambda b: a_directory(b.place.marks)
     ),
-    Case("a file in place of the run", TrainRequest, INTERNAL_ERROR, damage=lambda b: write(b.place.home.runs / RUN)),
-    Case("a file in place of all runs", TrainRequest, INTERNAL_ERROR, damage=lambda b: write(b.place.home.runs)),
+    Case("a file in place of the run", TrainRequest, STORAGE_FAILED, damage=lambda b: write(b.place.home.runs / RUN)),
+    Case("a file in place of all runs", TrainRequest, STORAGE_FAILED, damage=lambda b: write(b.place.home.runs)),
     Case(
         "a state in pieces",
         TrainRequest,
-        INTERNAL_ERROR,
+        STORAGE_FAILED,
         damage=lambda b: write(b.place.home.runs / RUN / "state" / "round-00000.safetensors"),
     ),
     Case(
         "a file in place of the states",
         TrainRequest,
-        INTERNAL_ERROR,
+        STORAGE_FAILED,
         damage=lambda b: write(b.place.home.runs / RUN / "state"),
     ),
     Case(
         "a directory in place of its metrics",
         TrainRequest,
-        INTERNAL_ERROR,
+        STORAGE_FAILED,
         damage=lambda b: a_directory(b.place.home.runs / RUN / "metrics.jsonl"),
     ),
     Case(
@@ -847,7 +871,7 @@ IN_TRAINING = [
         INTERNAL_ERROR,
         damage=lambda b: write(b.place.home.runs / RUN / "chance", b"\xff\xfe"),
     ),
-    Case("a full disk", TrainRequest, INTERNAL_ERROR, damage=full_disk),
+    Case("a full disk", TrainRequest, STORAGE_FAILED, damage=full_disk),
     Case(
         "a budget that is spent",
         TrainRequest,
@@ -858,7 +882,7 @@ IN_TRAINING = [
     Case(
         "a ledger in pieces",
         TrainRequest,
-        INTERNAL_ERROR,
+        STORAGE_FAILED,
         little(1000.0),
         damage=lambda b: in_the_way(b.place.home.ledger),
         change=lambda b, r: private(r),
@@ -866,7 +890,7 @@ IN_TRAINING = [
     Case(
         "a base model that is gone since it was fingerprinted",
         TrainRequest,
-        MALFORMED,
+        MODEL_UNUSABLE,
         prepare=lambda b: institution_module._shared_model.cache_clear(),
         damage=lambda b: shutil.rmtree(b.base),
         own_base=True,
@@ -982,9 +1006,9 @@ IN_ATTEMPTS = [
     Case("a stranger", Survivors, reasons.SURVIVORS_UNKNOWN, change=lambda b, r: replace(r, names=(ME, "mallory"))),
     Case("itself alone", Survivors, reasons.TOO_FEW_LEFT, change=lambda b, r: replace(r, names=(ME,))),
     Case("a second set", Survivors, reasons.SURVIVORS_DIFFER, damage=consented_otherwise),
-    Case("marks in pieces", Survivors, INTERNAL_ERROR, damage=lambda b: write(b.place.marks)),
-    Case("marks that are gone", Survivors, INTERNAL_ERROR, damage=lambda b: b.place.marks.unlink()),
-    Case("a full disk", Survivors, INTERNAL_ERROR, damage=full_disk),
+    Case("marks in pieces", Survivors, STORAGE_FAILED, damage=lambda b: write(b.place.marks)),
+    Case("marks that are gone", Survivors, STORAGE_FAILED, damage=lambda b: b.place.marks.unlink()),
+    Case("a full disk", Survivors, STORAGE_FAILED, damage=full_disk),
     Case("no signatures", Consents, reasons.SIGNATURES_UNVERIFIED, change=lambda b, r: replace(r, signatures={})),
     Case(
         "a false signature",
@@ -1051,24 +1075,39 @@ AT_THE_END = [
     ),
     Case("of a run that leads elsewhere", Published, MALFORMED, change=published(run="run+1")),
     Case("no shelf", Published, MALFORMED, damage=lambda b: setattr(b, "member", replace(b.member, shelf=None))),
-    Case("a file in place of all adapters", Published, MALFORMED, damage=lambda b: in_the_way(b.place.home.adapters)),
+    Case(
+        "a file in place of all adapters", Published, NOT_CONFIGURED, damage=lambda b: in_the_way(b.place.home.adapters)
+    ),
     Case(
         "adapters that others can see",
         Published,
-        MALFORMED,
+        NOT_CONFIGURED,
         damage=lambda b: b.place.home.adapters.mkdir(mode=0o755),
     ),
-    Case("a full disk", Published, INTERNAL_ERROR, damage=full_disk),
+    Case("a full disk", Published, STORAGE_FAILED, damage=full_disk),
     Case(
         "no base model",
         Published,
-        MALFORMED,
+        MODEL_UNUSABLE,
         damage=broken(shutil.rmtree),
         own_base=True,
     ),
 ]
 
 AT_HELLO = [
+    Case(
+        "another roster, whoever approved it",
+        Hello,
+        reasons.ROSTER_DIFFERS,
+        {"approval": "manual"},
+        change=lambda b, r: replace(r, roster=NOBODY),
+    ),
+    Case(
+        "a roster, without a part in secure aggregation",
+        Hello,
+        reasons.ROSTER_DIFFERS,
+        damage=lambda b: setattr(b, "member", replace(b.member, secure=None)),
+    ),
     Case(
         "another protocol",
         Hello,
@@ -1084,7 +1123,7 @@ AT_HELLO = [
         change=lambda b, r: replace(r, version=f"9.{MARK}"),
         parts=(version("silotune"),),
     ),
-    Case("a full disk", Hello, INTERNAL_ERROR, {"approval": "manual"}, damage=full_disk),
+    Case("a full disk", Hello, STORAGE_FAILED, {"approval": "manual"}, damage=full_disk),
 ]
 
 CASES = [
@@ -1261,12 +1300,12 @@ ERRORS: list[tuple[BaseException, str]] = [
     (ExceptionGroup(MARK, [ValueError(MARK)]), INTERNAL_ERROR),
     (Panic(MARK), INTERNAL_ERROR),
     (chained(), INTERNAL_ERROR),
-    (StorageError(MARK), INTERNAL_ERROR),
-    (ConfigError(MARK), MALFORMED),
-    (ModelError(MARK), MALFORMED),
+    (StorageError(MARK), STORAGE_FAILED),
+    (ConfigError(MARK), NOT_CONFIGURED),
+    (ModelError(MARK), MODEL_UNUSABLE),
     (DataError(MARK), DATA_UNREADABLE),
-    (OSError(5, MARK, f"/srv/{MARK}"), DATA_UNREADABLE),
-    (FileNotFoundError(2, "No such file", f"/srv/{MARK}"), DATA_UNREADABLE),
+    (OSError(5, MARK, f"/srv/{MARK}"), STORAGE_FAILED),
+    (FileNotFoundError(2, "No such file", f"/srv/{MARK}"), STORAGE_FAILED),
     (Refusal(DATA_UNREADABLE, MARK), DATA_UNREADABLE),
     # Refusals in words of no protocol: a text in the place of the code, or beside it.
     (Refusal(f"cannot read /srv/{MARK}"), INTERNAL_ERROR),
@@ -1328,8 +1367,8 @@ def test_an_exception_that_cannot_be_shown_is_a_reason_code(border: Make, monkey
 def test_what_is_wrong_with_records_cannot_be_told_from_outside(border: Make, tmp_path: Path) -> None:
     """Equal to the last byte but for the times and names of messages; all have the same size.
 
-    What is no matter of records (a full disk, a mistake of ours) has another code, internal_error, which is two letters
-    shorter: that much a coordinator learns, and needs, to know whom to ask.
+    What is no matter of records (a full disk, a mistake of ours) has another code of another length: that much a
+    coordinator learns, and needs, to know whom to ask.
     """
     told: set[tuple[str, str]] = set()
     sizes: set[int] = set()
@@ -1368,7 +1407,7 @@ def test_of_a_disk_that_fills_up_nobody_outside_sees_where(
             reply = made.ask(made.honest(TrainRequest))
         if isinstance(reply, Keys):
             break
-        assert reply == Refused(INTERNAL_ERROR, ME)
+        assert reply == Refused(STORAGE_FAILED, ME)
         departed += made.left
     assert isinstance(reply, Keys)
     assert len({len(found.data) for found in departed}) == 1

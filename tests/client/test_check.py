@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -24,7 +25,8 @@ from client.control import Control
 from client.data_sets import Machine
 from client.egress import EgressLog, Payload
 from client.findings import FAIL, OK, SKIPPED, WARN, Line
-from client.policy_file import InstitutionPolicy
+from client.ledger import Ledger, Spend
+from client.policy_file import InstitutionPolicy, Population
 from common.bundle import bundle_digest
 from common.config import TrainConfig
 from common.enrolment import Address
@@ -59,7 +61,7 @@ def verdicts(found: dict[str, Line]) -> dict[str, str]:
 
 ALONE = (
     *("versions", "keys", "policy", "control", "roster", "bundle", "data file", "base model", "device", "disk"),
-    *("egress log", "data notes", "tokens notes", "training notes", "evaluation notes"),
+    *("egress log", "privacy ledger", "data notes", "tokens notes", "training notes", "evaluation notes"),
 )
 
 
@@ -118,6 +120,14 @@ def tampered_log(here: Enrolled) -> None:
     edit(file, '"bytes":10', '"bytes":11')
 
 
+def tampered_ledger(here: Enrolled) -> None:
+    population = Population("clinic", (DATA_SET,), ("record",), 8.0, 1e-5)
+    spend = Spend("gaussian", 1.0, 0.1, 10, "record", "night", 1, 1, DATA_SET)
+    Ledger(here.home.ledger, here.keys.identity).spend(population, spend)
+    (file,) = here.home.ledger.glob("ledger-*.jsonl")
+    edit(file, '"steps":10', '"steps":1')
+
+
 WRONG: dict[str, tuple[Callable[[Enrolled], object], str, int, str]] = {
     "no key": (lambda here: here.home.identity_key.unlink(), "keys", 5, "identity.pem"),
     "a key that others can read": (lambda here: here.home.node_key.chmod(0o644), "keys", 2, "chmod 600"),
@@ -150,6 +160,13 @@ WRONG: dict[str, tuple[Callable[[Enrolled], object], str, int, str]] = {
         lambda here: (here.home.adapters.mkdir(), here.home.adapters.chmod(0o755)), "disk", 2, "chmod 700",
     ),
     "a log that was changed": (tampered_log, "egress log", 5, "silotune-client log verify"),
+    "a ledger that was changed": (tampered_ledger, "privacy ledger", 5, "silotune-client ledger verify"),
+    "a ledger that is gone": (
+        lambda here: shutil.rmtree(here.home.ledger), "privacy ledger", 5, "restore it from a copy",
+    ),
+    "a ledger whose end is gone": (
+        lambda here: (here.home.ledger / "head.json").unlink(), "privacy ledger", 5, "nothing may be spent",
+    ),
     "no records": (lambda here: here.records.unlink(), "data notes", 3, "found none"),
     "a record that is none": (
         lambda here: here.records.write_text(here.records.read_text() + "{}\n"), "data notes", 3, "records.jsonl:61",
@@ -180,7 +197,8 @@ def test_what_is_wrong_shows_in_its_line_and_in_the_exit_code(
     assert "Traceback" not in result.output
     # What does not need it is looked at all the same.
     assert by_name["versions"]["verdict"] == OK
-    assert by_name["egress log"]["verdict"] == (FAIL if name == "egress log" else OK)
+    for log in ("egress log", "privacy ledger"):
+        assert by_name[log]["verdict"] == (FAIL if name == log else OK)
 
 
 def test_what_needs_what_failed_is_passed_over(here: Enrolled) -> None:
@@ -227,8 +245,6 @@ def test_what_is_to_mind_shows_and_does_not_fail_by_itself(
 
 
 def test_a_disk_that_is_nearly_full_is_told(here: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     usage = shutil.disk_usage(here.home.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     assert lines(here)["disk"].verdict == WARN
@@ -252,6 +268,15 @@ def test_a_log_is_told_by_how_much_it_holds(here: Enrolled) -> None:
     assert lines(here)["egress log"].told == "nothing has left yet"
     log.record("Contribution", Payload(10, "0" * 64), run="night")
     assert lines(here)["egress log"].numbers == {"entries": 1}
+
+
+def test_a_ledger_is_told_by_how_much_it_holds_and_stays_as_it_is(here: Enrolled) -> None:
+    assert lines(here)["privacy ledger"].numbers == {"entries": 0}
+    tampered_ledger(here)
+    assert lines(here)["privacy ledger"].verdict == FAIL
+    (file,) = here.home.ledger.glob("ledger-*.jsonl")
+    edit(file, '"steps":1,', '"steps":10,')
+    assert lines(here)["privacy ledger"].numbers == {"entries": 2}  # the budget, and what was spent of it
 
 
 def test_long_records_are_told(here: Enrolled) -> None:
@@ -417,7 +442,7 @@ def test_a_member_reaches_its_coordinator(deployment: Deployment, member: Enroll
     unknown = lines(member, network=True)
     assert verdicts(unknown) == {**dict.fromkeys((*ALONE, *NETWORK[:3]), OK), "enrolment": FAIL}
     assert "expected the coordinator to know this node's key" in unknown["enrolment"].told
-    assert silotune(member).exit_code == 1
+    assert silotune(member).exit_code == 7
     with Operator(deployment.endpoint) as operator:
         operator.register("alder", member.keys.node.public_key())
     assert verdicts(lines(member, network=True)) == dict.fromkeys((*ALONE, *NETWORK), OK)

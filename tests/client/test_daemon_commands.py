@@ -77,7 +77,16 @@ def test_a_pause_begins_and_ends(home: ClientHome, control: Control, ask: Callab
     assert not control.paused()
 
 
-@pytest.mark.parametrize("command", [["status"], ["pause"], ["resume"], ["leave", "run-1", "--yes"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["status"], ["pause"], ["resume"], ["leave", "run-1", "--yes"], ["up"], ["runs"], ["report"]),
+        *(["approve", "run-1"], ["log", "show"], ["log", "verify"], ["log", "export", "copy.jsonl"]),
+        *(["ledger", "show"], ["ledger", "verify"], ["ledger", "export", "copy.jsonl"], ["ledger", "begin", "--yes"]),
+        *(["ledger", "forecast", "smoke"], ["adapter", "list"], ["adapter", "evaluate", "run-1"]),
+    ],
+    ids=" ".join,
+)
 def test_where_nobody_is_nothing_is_made(tmp_path: Path, command: list[str]) -> None:
     assert "silotune-client init" in refused(*command, "--home", tmp_path / "nobody")
     assert not (tmp_path / "nobody").exists()

@@ -34,6 +34,7 @@ from common.messages import (
     MALFORMED,
     METHOD_UNKNOWN,
     SIGNATURE_DIFFERS,
+    STORAGE_FAILED,
     Contribution,
     Hello,
     Introduction,
@@ -46,7 +47,13 @@ from common.messages import (
 )
 from common.secagg.identity import Identity
 from common.secagg.messages import Consent, Keys, MaskedInput, Revealed, Shares, Survivors
-from common.secagg.reasons import ATTEMPT_OLD, ATTEMPT_UNKNOWN, SECURE_AGGREGATION_REQUIRED, SETTINGS_DIFFER
+from common.secagg.reasons import (
+    ATTEMPT_OLD,
+    ATTEMPT_UNKNOWN,
+    ROSTER_DIFFERS,
+    SECURE_AGGREGATION_REQUIRED,
+    SETTINGS_DIFFER,
+)
 from tests.client.guarded import DATA_SET, ME, OTHERS, RUN, Attempt, Guarded, Untouchable
 from tests.client.test_institution import files_below
 
@@ -279,9 +286,6 @@ OTHER_TERMS: dict[str, Changed] = {
     "learning rate": lambda m: train_of(m, learning_rate=1.0),
     "passes": lambda m: train_of(m, passes_per_round=2.0),
     "base model": lambda m: replace(m, fingerprint=OTHER_BASE),
-    "roster": lambda m: (
-        replace(m, roster=NOBODY) if isinstance(m, Hello) else replace(m, secure=replace(m.secure, roster=NOBODY))
-    ),
     "without masks": in_the_clear,
 }
 
@@ -355,6 +359,44 @@ def test_other_terms_under_the_name_of_an_approved_run_wait_anew(
     assert (records.opened, touched) == ([], [])
     assert manual.control.waiting()[RUN].digest == digest(message)
     assert manual.control.approved(RUN, digest(manual.hello()))  # what was approved stays so
+
+
+def under_roster(message: Any, named: str) -> Any:
+    if isinstance(message, Hello):
+        return replace(message, roster=named)
+    return replace(message, secure=replace(message.secure, roster=named))
+
+
+@pytest.mark.parametrize("kind", [Hello, Plan])
+@pytest.mark.parametrize("approved", [False, True])
+def test_a_run_under_another_roster_is_refused_before_anybody_is_asked_to_approve_it(
+    approved: bool, kind: type[Said], manual: Guarded, start: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = under_roster(manual.hello() if kind is Hello else manual.plan(start), NOBODY)
+    if approved:
+        manual.control.approve(RUN, digest(message))
+    records = Untouchable()
+    member = manual.institution(data=records)
+    touched = forbid_models(monkeypatch)
+    assert asked(manual, member, message, start) == Refused(ROSTER_DIFFERS, ME)
+    assert (records.opened, touched) == ([], [])
+    assert manual.control.waiting() == {}
+
+
+@pytest.mark.parametrize("kind", [Hello, Plan])
+def test_a_roster_that_was_trusted_anew_needs_another_approval(
+    kind: type[Said], manual: Guarded, start: Adapter
+) -> None:
+    manual.control.approve(RUN, digest(manual.hello()))
+    before = manual.roster
+    manual.trusted = manual.without(OTHERS[-1])
+    assert manual.roster.digest() != before.digest()
+    message = under_roster(manual.hello() if kind is Hello else manual.plan(start), manual.roster.digest())
+    member = manual.institution(data=Untouchable())
+    assert asked(manual, member, message, start) == Refused(reasons.NOT_APPROVED, ME)
+    assert manual.control.waiting()[RUN].digest == digest(message)
+    former = under_roster(message, before.digest())
+    assert asked(manual, member, former, start) == Refused(ROSTER_DIFFERS, ME)
 
 
 def test_another_run_with_the_same_terms_waits_too(manual: Guarded) -> None:
@@ -482,7 +524,7 @@ def test_where_it_cannot_be_known_what_people_said_nothing_begins(file: str, man
     records = Untouchable()
     member = manual.institution(data=records)
     other = settings_of(manual.hello(), seed=99)  # which would have to wait
-    assert member.answer(other) == Refused(INTERNAL_ERROR, ME)
+    assert member.answer(other) == Refused(STORAGE_FAILED, ME)
     assert records.opened == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -95,11 +96,12 @@ def test_the_home_may_stand_in_the_environment(home: ClientHome, monkeypatch: py
     assert len(json.loads(call("show", "--json").stdout)["entries"]) == 5
 
 
-def test_without_a_log_it_says_so(tmp_path: Path) -> None:
+def test_without_a_log_it_says_so(home: ClientHome, tmp_path: Path) -> None:
+    shutil.rmtree(home.egress)
     for command in (["show"], ["verify"], ["export", tmp_path / "file"]):
-        shown = call(*command, "--home", tmp_path)
+        shown = call(*command, "--home", home.root)
         assert shown.exit_code == 5
-        assert str(tmp_path / "egress") in said(shown)
+        assert str(home.egress) in said(shown)
     assert call("show", "--last", "0").exit_code == 2
 
 

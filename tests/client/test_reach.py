@@ -24,9 +24,9 @@ from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from client import fleet, node, reach
-from client.reach import Unreached, Way
+from client.reach import Way
 from common.enrolment import Address
-from common.errors import ConfigError
+from common.errors import ConfigError, Unreachable
 from common.flower import HELLO, to_records
 from common.wire import to_wire
 from server.authority import authority_certificate, server_certificate
@@ -81,10 +81,10 @@ def asked(deployment: Deployment, key: ec.EllipticCurvePrivateKey, apart_s: floa
 def test_an_enrolled_node_is_known_and_any_other_is_not(deployment: Deployment) -> None:
     key = deployment.key("alder")
     assert asked(deployment, key) == 0
-    with pytest.raises(Unreached, match="expected the coordinator to know this node's key"):
+    with pytest.raises(Unreachable, match="expected the coordinator to know this node's key"):
         asked(deployment, NODE)
     deployment.forget_nodes()
-    with pytest.raises(Unreached, match=r"hand card\.json over again"):
+    with pytest.raises(Unreachable, match=r"hand card\.json over again"):
         asked(deployment, key)
 
 
@@ -121,7 +121,7 @@ def test_a_daemon_with_the_same_key_is_not_disturbed(deployment: Deployment) -> 
 @pytest.mark.parametrize(("apart_s", "told"), [(40, r"[234]\d s ahead"), (-400, r"(3\d\d|400) s behind")])
 def test_a_clock_that_is_wrong_is_told_as_such(deployment: Deployment, apart_s: float, told: str) -> None:
     key = deployment.key("alder")
-    with pytest.raises(Unreached, match=f"this machine's clock.*{told}"):
+    with pytest.raises(Unreachable, match=f"this machine's clock.*{told}"):
         asked(deployment, key, apart_s)
 
 
@@ -219,14 +219,14 @@ def test_a_certificate_of_the_pinned_authority_is_taken(tmp_path: Path) -> None:
     ids=["another authority", "expired", "not yet valid", "another name", "TLS 1.2"],
 )
 def test_each_way_to_be_mistrusted_has_its_own_words(tmp_path: Path, changes: dict[str, object], told: str) -> None:
-    with door(tmp_path, **changes) as address, pytest.raises(Unreached, match=told):  # type: ignore[arg-type]
+    with door(tmp_path, **changes) as address, pytest.raises(Unreachable, match=told):  # type: ignore[arg-type]
         greeted(address)
 
 
 def test_a_name_is_compared_as_well_as_an_address(tmp_path: Path) -> None:
     with (
         door(tmp_path, hosts=("coordinator.example.org",)) as address,
-        pytest.raises(Unreached, match=r"expected a certificate for localhost, .*for other names"),
+        pytest.raises(Unreachable, match=r"expected a certificate for localhost, .*for other names"),
     ):
         greeted(Address("localhost", address.port))
 
@@ -247,7 +247,7 @@ def test_only_a_coordinator_passes_for_one(tmp_path: Path, status: int, content:
     with door(tmp_path, status=status, content=content) as address, Way(address, PEM) as way:
         way.connect()
         way.greet()
-        with pytest.raises(Unreached, match=told):
+        with pytest.raises(Unreachable, match=told):
             way.ask(NODE)
 
 
@@ -258,12 +258,12 @@ def test_a_clock_that_may_be_what_is_wrong_is_told_as_such(tmp_path: Path) -> No
     with door(tmp_path, status=401) as address, Way(address, PEM, clock=clock) as way:
         way.connect()
         way.greet()
-        with pytest.raises(Unreached, match=r"this machine's clock .* found it \d s ahead"):
+        with pytest.raises(Unreachable, match=r"this machine's clock .* found it \d s ahead"):
             way.ask(NODE)
 
 
 def test_nobody_there_is_told() -> None:
-    with Way(Address("127.0.0.1", free_port()), PEM) as way, pytest.raises(Unreached, match="nobody listens"):
+    with Way(Address("127.0.0.1", free_port()), PEM) as way, pytest.raises(Unreachable, match="nobody listens"):
         way.connect()
 
 
@@ -274,7 +274,7 @@ def test_a_name_that_nobody_knows_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with (
         Way(Address("coordinator.example.org", 443), PEM) as way,
-        pytest.raises(Unreached, match=r"an address for coordinator\.example\.org, found none \(Name or service"),
+        pytest.raises(Unreachable, match=r"an address for coordinator\.example\.org, found none \(Name or service"),
     ):
         way.resolve()
 
@@ -312,7 +312,7 @@ def listening(then: Callable[[socket.socket], None]) -> Iterator[Address]:
 def test_a_port_without_tls_is_told(then: Callable[[socket.socket], None]) -> None:
     with listening(then) as address, Way(address, PEM, timeout_s=0.5) as way:
         way.connect()
-        with pytest.raises(Unreached, match=r"expected TLS 1\.3"):
+        with pytest.raises(Unreachable, match=r"expected TLS 1\.3"):
             way.greet()
 
 

@@ -37,6 +37,7 @@ from common.messages import (
     MALFORMED,
     METHOD_UNKNOWN,
     NOT_INVITED,
+    STORAGE_FAILED,
     Contribution,
     Plan,
     Refused,
@@ -1273,7 +1274,7 @@ def test_a_member_with_damaged_marks_answers_no_plan(
     federation.coordinator().sum()
     damage(federation.marks(A))
     trained = federation.trained[A]
-    assert federation.announce(A, federation.plan(2, round=2)) == Refused(INTERNAL_ERROR, A)
+    assert federation.announce(A, federation.plan(2, round=2)) == Refused(STORAGE_FAILED, A)
     assert federation.trained[A] == trained
     (line,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert line.name == f"silotune.client.{A}"
@@ -1289,7 +1290,7 @@ def test_a_member_whose_marks_are_damaged_in_mid_attempt_signs_nothing(
     coordinator = federation.coordinator()
     named = coordinator.masked()
     damage(federation.marks(A))
-    assert federation.ask(A, named) == Refused(INTERNAL_ERROR, A)
+    assert federation.ask(A, named) == Refused(STORAGE_FAILED, A)
     gives_nothing_more(federation, coordinator, A)
 
 
@@ -1297,7 +1298,7 @@ def test_a_member_whose_marks_are_gone_in_mid_attempt_signs_nothing(federation: 
     coordinator = federation.coordinator()
     named = coordinator.masked()
     federation.marks(A).unlink()
-    assert federation.ask(A, named) == Refused(INTERNAL_ERROR, A)
+    assert federation.ask(A, named) == Refused(STORAGE_FAILED, A)
     gives_nothing_more(federation, coordinator, A)
 
 
@@ -1315,7 +1316,7 @@ def test_on_a_full_disk_no_plan_is_answered(
     federation: Federation, full_disk: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     full_disk()
-    assert federation.announce(A, federation.plan()) == Refused(INTERNAL_ERROR, A)
+    assert federation.announce(A, federation.plan()) == Refused(STORAGE_FAILED, A)
     assert federation.trained[A] == 0
     assert list(federation.marks(A).parent.iterdir()) == []
     (line,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
@@ -1329,7 +1330,7 @@ def test_on_a_full_disk_no_survivor_set_is_signed(
     coordinator = federation.coordinator()
     named = coordinator.masked()
     full_disk()
-    assert federation.ask(A, named) == Refused(INTERNAL_ERROR, A)
+    assert federation.ask(A, named) == Refused(STORAGE_FAILED, A)
     gives_nothing_more(federation, coordinator, A)
     monkeypatch.undo()  # there is room again: a repeat may still be over any set
     assert consented(federation, A) is None
@@ -1435,7 +1436,7 @@ def test_no_log_no_file_no_text_form_and_no_exception_shows_a_secret(
     named = crash.masked()
     look(*ABC)
     federation.marks(A).unlink()
-    assert federation.ask(A, named) == Refused(INTERNAL_ERROR, A)
+    assert federation.ask(A, named) == Refused(STORAGE_FAILED, A)
     shown.extend(repr(reply) for _, reply in federation.sent)
     written = everything_written(federation, caplog) + "\n".join(shown).encode()
     assert b"Traceback" in written
@@ -1664,6 +1665,6 @@ def test_an_institution_with_damaged_marks_trains_nothing(
 ) -> None:
     real.marks(A).parent.mkdir(parents=True)
     real.marks(A).write_text("{")
-    assert real.ask(A, TrainRequest(real.plan(), real.start)) == Refused(INTERNAL_ERROR, A)
+    assert real.ask(A, TrainRequest(real.plan(), real.start)) == Refused(STORAGE_FAILED, A)
     assert any("marks.json cannot be read" in str(record.exc_info) for record in caplog.records)
     assert not (real.marks(A).parent / "metrics.jsonl").exists()

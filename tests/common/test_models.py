@@ -32,7 +32,7 @@ from transformers import (
 from common.adapter import Adapter, is_a, is_b
 from common.base_model import EMBEDDED, Fingerprint, fingerprint, model_directory
 from common.config import LoraConfig, ModelConfig
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.evaluation import evaluate, greedy
 from common.models import LoraModel, load, load_adapter, load_tokenizer, save_adapter
 from common.text import Example, pack
@@ -275,7 +275,7 @@ def test_an_encoder_is_no_causal_language_model(grouped_path: Path, copy_of: Cop
         load(ModelConfig(str(headless)), lora, 1)
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(whole)
     with pytest.raises(
-        ModelError, match=r"BertLMHeadModel, which is not causal|target_modules: expected linear layers"
+        (ModelError, ConfigError), match=r"BertLMHeadModel, which is not causal|target_modules: expected linear layers"
     ):
         load(ModelConfig(str(whole)), lora, 1)
 
@@ -339,7 +339,7 @@ def test_target_modules(grouped_path: Path, modules: list[str], expected: set[st
     [["nosuch"], ["q_proj", "nosuch"], ["proj"], ["embed_tokens"], ["norm"], ["mlp"], ["q_proj", "all-linear"]],
 )
 def test_an_unknown_target_module_is_told_with_those_there_are(grouped_path: Path, modules: list[str]) -> None:
-    with pytest.raises(ModelError, match=rf"target_modules: .*k_proj, .*v_proj\) or all-linear, found {modules[-1]}$"):
+    with pytest.raises(ConfigError, match=rf"target_modules: .*k_proj, .*v_proj\) or all-linear, found {modules[-1]}$"):
         load(ModelConfig(str(grouped_path)), replace(LORA, target_modules=modules), 1)
 
 

@@ -140,6 +140,32 @@ def test_an_end_that_no_start_would_mend_is_told_at_once(tmp_path: Path) -> None
     assert events[1:] == [ChildEvent(ENDED, events[0].pid, 2)]
 
 
+def test_what_hangs_is_ended_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_FIRST_WAIT_S", 0.01)
+    stop, events, hangs = threading.Event(), list[ChildEvent](), threading.Event()
+
+    def tell(event: ChildEvent) -> None:
+        events.append(event)
+        if event.kind == STARTED and len(events) == 1:
+            os.kill(event.pid, signal.SIGSTOP)
+            hangs.set()
+        elif event.kind == ENDED:
+            hangs.clear()
+        else:
+            stop.set()
+
+    def start() -> Child:
+        return Child("import time; time.sleep(60)", [], tmp_path / "log")
+
+    found = supervise(start, stop, tell, grace_s=0.2, hangs=hangs.is_set)
+    assert found is None
+    first, end, second, *_ = events
+    assert (end.pid, end.wait_s is not None) == (first.pid, True)
+    assert end.code in (-signal.SIGTERM, -signal.SIGKILL)  # as far as it came before it was stopped
+    assert second.kind == STARTED
+    assert gone(first.pid)
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 def test_stop_ends_the_child_and_waits_for_nothing_else(tmp_path: Path, deaf: bool) -> None:
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if deaf else ""

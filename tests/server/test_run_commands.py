@@ -105,7 +105,7 @@ def test_a_configuration_with_mistakes_is_refused_before_anything(command: Comma
 
 
 def test_a_coordinator_that_was_never_set_up_is_told_how(tmp_path: Path) -> None:
-    for words in (["run", "deployment"], ["status"], ["prune"]):
+    for words in (["run", "deployment"], ["status"], ["list"], ["prune"]):
         result = CliRunner().invoke(server.main.app, [*words, "--home", str(tmp_path / "none")])
         assert "silotune-server init" in refused(result)
     assert not (tmp_path / "none").exists()

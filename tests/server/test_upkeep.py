@@ -92,11 +92,15 @@ class Member:
 class Up:
     """`silotune-server up` in a process of its own."""
 
-    def __init__(self, home: ServerHome, *arguments: str) -> None:
+    def __init__(self, home: ServerHome, *arguments: str, impatient: bool = False) -> None:
+        """impatient: with a SuperLink that hangs, for seconds only."""
         self.home = home
         self.log = home.root.parent / f"{home.root.name}.out"
         self.errors = home.root.parent / f"{home.root.name}.err"
-        code = "from server.main import main; main()"
+        code = "from server import upkeep; from server.main import main; "
+        if impatient:
+            code += "upkeep._ANSWER_S, upkeep._SILENT_S = 1.0, 2.0; "
+        code += "main()"
         with self.log.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "up", "--home", str(home.root), *arguments], stdout=out, stderr=err
@@ -336,7 +340,7 @@ def test_a_signal_ends_all_within_seconds(up: Up, alder: Member) -> None:
 # --- Starts and ends --------------------------------------------------------------------------------------------------
 
 
-def test_one_that_is_killed_leaves_nothing_and_the_next_goes_on(tmp_path: Path) -> None:
+def test_one_that_is_killed_leaves_nothing_and_the_next_goes_on_also_when_the_superlink_hangs(tmp_path: Path) -> None:
     home = made_home(tmp_path / "server")
     alder, birch = Member("alder"), Member("birch")
     first = Up(home)
@@ -348,16 +352,23 @@ def test_one_that_is_killed_leaves_nothing_and_the_next_goes_on(tmp_path: Path) 
     finally:
         first.end(signal.SIGKILL)
     first.remove("birch")
-    second = Up(home, "--json")
+    second = Up(home, "--json", impatient=True)
     try:
         second.says("ready: members")
         second.says("birch is no longer on the roster")
         assert state(home).members == {"alder": "enrolled"}
+        hung = second.superlink
+        psutil.Process(hung).suspend()
+        second.says(r"the SuperLink answered nothing for 2 s and was ended by SIGKILL; started again in")
+        assert gone(hung)
+        second.says("ready: members", times=2)
+        assert second.superlink != hung
+        psutil.Process(second.superlink).suspend()  # nor does one that hangs keep it from ending
     finally:
         code = second.end(signal.SIGINT)
     assert code == 0
     told: dict[str, Any] = json.loads(second.log.read_text())
-    assert told["restarts"] == 0
+    assert told["restarts"] >= 1
     assert told["since"] <= told["until"]
 
 

@@ -12,8 +12,14 @@ from typing import Any
 import psutil
 import pytest
 
+from client import keys
+from client.data_sets import open_data_sets
+from client.home import ClientHome
 from common.config import Config
+from common.config_files import load
 from common.errors import ConfigError, RunStopped
+from common.records import read_jsonl
+from common.splits import SETS
 from simulations import loopback
 
 NAMES = ("riverside", "northgate", "lakeside", "summit")
@@ -100,6 +106,25 @@ def test_no_process_is_left_behind(played: tuple[Path, dict[str, Any], str]) -> 
     assert left == []
 
 
+def test_few_persons_are_split_so_that_no_set_is_empty(tmp_path: Path) -> None:
+    """The shipped `smoke`: 24 records an institution, which the seed that `init` writes leaves without a test set."""
+    config = load("smoke")
+    place = loopback.Loopback(tmp_path, config.data.names)
+    loopback._write_records(config, place)
+    changed = set()
+    for name in place.names:
+        home, own = ClientHome(place.client(name)), place.records(name)
+        keys.init(home, name, None, "", {loopback.DATA_SET: own})
+        before = home.data.read_text()
+        loopback._split(home.data, read_jsonl(own))
+        if home.data.read_text() != before:
+            changed.add(name)
+        sets = open_data_sets(home.data)
+        assert all(sets.find(loopback.DATA_SET, part).records for part in SETS)
+    assert changed
+    assert changed != set(place.names)  # where the seed will do, the file stays as `init` wrote it
+
+
 def test_a_directory_with_files_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ConfigError, match="expected a new or empty directory"):
@@ -115,8 +140,6 @@ def test_a_step_that_fails_says_which_and_leaves_no_process(tmp_path: Path) -> N
         told.append(line)
         if " up " in line and "riverside" in line:
             (root / "riverside" / "home" / "policy.yaml").write_text("methods: [none]")
-
-    from common.config_files import load
 
     waits = pytest.MonkeyPatch()
     waits.setattr(loopback, "_READY_S", 5.0)
