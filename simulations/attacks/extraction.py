@@ -141,9 +141,9 @@ def result(
     for arm, answers in found.items():
         for repetitions in REPETITIONS:
             of = [answer for secret, answer in zip(secrets, answers, strict=True) if secret.repetitions == repetitions]
-            said = sum(yes for yes, _ in of)
-            about = f"{said} of {len(of)}, in {repetitions} record{'s' if repetitions > 1 else ''} each"
-            measures.append(Measure(arm, f"said, x{repetitions}", said / len(of), about))
+            right = sum(yes for yes, _ in of)
+            about = f"{right} of {len(of)}, in {repetitions} record{'s' if repetitions > 1 else ''} each"
+            measures.append(Measure(arm, f"said, x{repetitions}", right / len(of), about))
             mean = sum(bits for _, bits in of) / len(of)
             most = math.log2(ALTERNATIVES + 1)
             about = "; ".join(part for part in (f"bits, at most {most:g}", note if arm == PRIVATE else "") if part)
@@ -157,8 +157,8 @@ def result(
     )
     return Result(
         NAME,
-        f"With differential privacy, a unit's secret is said at most {math.exp(min(epsilon, 700.0)):.3g} (e^epsilon) times"
-        " as often as by who never saw it; without, nothing is promised.",
+        f"With differential privacy, a unit's secret is said at most {math.exp(min(epsilon, 700.0)):.3g} (e^epsilon)"
+        " times as often as by who never saw it; without, nothing is promised.",
         f"Of {len(secrets)} secrets {said[LOCAL]} are said by what was trained alone, {said[FEDERATED]} by the"
         f" federation's adapter, {said[PRIVATE]} under differential privacy, {said[BASE]} by the base model.",
         verdict,

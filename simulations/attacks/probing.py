@@ -33,8 +33,8 @@ def losses(model: LoraModel, adapter: Adapter, units: Sequence[Unit]) -> NDArray
             nats = cross_entropy(model.logits(row).float(), row.targets.to(model.device), reduction="none")
             found.append(nats.double().cpu().numpy())
     owners = np.repeat(np.arange(len(units)), counts)
-    sums: NDArray[np.float64] = np.bincount(owners, weights=np.concatenate(found), minlength=len(units))
-    return sums / counts
+    sums = np.bincount(owners, weights=np.concatenate(found), minlength=len(units))
+    return np.asarray(sums / counts, np.float64)
 
 
 def gradients(model: LoraModel, adapter: Adapter, keys: Sequence[str], units: Sequence[Unit]) -> Iterator[Vector]:
