@@ -13,7 +13,8 @@ class RunDirectory:
     """A run's directory; all paths absolute, since actors may have another working directory.
 
     records: the generated or given records. institutions: each virtual client's own files, which the coordinator of
-    the simulation does not read while it runs. arms: one directory a reference arm.
+    the simulation does not read while it runs. arms: one directory a reference arm. attacks: what attacks found, and
+    the runs that they needed.
     """
 
     root: Path
@@ -45,3 +46,11 @@ class RunDirectory:
     @property
     def arms(self) -> Path:
         return self.root / "arms"
+
+    @property
+    def attacks(self) -> Path:
+        return self.root / "attacks"
+
+    def attack(self, name: str) -> Path:
+        """What the attack of that name found."""
+        return self.attacks / f"{name}.json"

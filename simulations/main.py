@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +15,12 @@ import click
 import typer
 
 from common import cli
+from simulations.arguments import CONFIG_HELP, ConfigName, Overrides, load, new_directory, resumable
+from simulations.attacks.commands import attack
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from common.config import Config
     from simulations.generate.federation import HeldOut, Splits
 
 app = cli.application("Play a whole federation on one machine: does it pay off, for whom, and at which cost?")
@@ -28,11 +28,7 @@ app = cli.application("Play a whole federation on one machine: does it pay off, 
 bench = typer.Typer(no_args_is_help=True, help="Measure what a round costs on this machine.")
 app.add_typer(bench, name="bench", epilog=cli.EPILOG)
 
-CONFIG_HELP = "A shipped configuration such as hospitals, or a YAML file."
-ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Other values, such as train.batch_size=8.")
-]
+app.add_typer(attack, name="attack", epilog=cli.EPILOG)
 
 
 @app.command(epilog=cli.EPILOG)
@@ -54,9 +50,9 @@ def run(
         raise click.UsageError("--resume DIR stands alone: the run keeps its directory and its configuration")
     if resume is None and config is None:
         raise click.UsageError("name a configuration, such as hospitals; or a run to go on with, --resume DIR")
-    loaded = None if config is None else _load(config, overrides)
-    directory = resume or out or _new_directory("unnamed" if loaded is None else loaded.name)
-    with cli.progress_console(as_json) as console, _resumable(directory, "run", "--resume", str(directory)):
+    loaded = None if config is None else load(config, overrides)
+    directory = resume or out or new_directory("unnamed" if loaded is None else loaded.name)
+    with cli.progress_console(as_json) as console, resumable(directory, "run", "--resume", str(directory)):
         from simulations import run as runs
 
         summary = runs.resume(directory, console) if loaded is None else runs.run(loaded, directory, console)
@@ -80,7 +76,7 @@ def federation(
     """Play the deployment on this machine: real processes, keys, TLS and logs, from `init` to the published adapter."""
     import tempfile
 
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     with contextlib.ExitStack() as stack, cli.progress_console(as_json) as console:
         from simulations import loopback
 
@@ -99,7 +95,7 @@ def check(config: ConfigName, overrides: Overrides = None, as_json: cli.Json = F
     One training record of each institution is shown as the model will see it: keep the output to yourself. With --json
     no record is shown, and the object holds counts only.
     """
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     with cli.progress_console(as_json) as console:
         from simulations.check import check as look
 
@@ -118,10 +114,10 @@ def tune(
     as_json: cli.Json = False,
 ) -> None:
     """Search batch size and learning rate of every arm, on validation records only."""
-    loaded = _load(config, overrides)
-    directory = out or _new_directory(f"{loaded.name}-tune")
+    loaded = load(config, overrides)
+    directory = out or new_directory(f"{loaded.name}-tune")
     again = ("tune", config, *(overrides or ()), "--out", str(directory))
-    with cli.progress_console(as_json) as console, _resumable(directory, *again):
+    with cli.progress_console(as_json) as console, resumable(directory, *again):
         from simulations.tune import tune as search
 
         found = search(loaded, directory, console)
@@ -140,7 +136,7 @@ def data(
     from common.config import COORDINATOR
     from common.errors import ConfigError
 
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     if loaded.data.directory:
         raise ConfigError(
             f"data.directory: found {loaded.data.directory!r}, so there is nothing to generate or to split;"
@@ -172,7 +168,7 @@ def pretrain(
     as_json: cli.Json = False,
 ) -> None:
     """Train the small base model that ships with Silotune again, from generated general text."""
-    directory = out or _new_directory("pretrain")
+    directory = out or new_directory("pretrain")
     with cli.progress_console(as_json) as console:
         result = _pretrain(directory, seed, steps, threads, console)
     if as_json:
@@ -280,30 +276,6 @@ def privacy(
 def main() -> None:
     """Entry point of the command."""
     app()
-
-
-def _load(name_or_path: str, overrides: list[str] | None) -> Config:
-    from common import config_files
-
-    return config_files.load(name_or_path, overrides or ())
-
-
-def _new_directory(name: str) -> Path:
-    from datetime import UTC, datetime
-
-    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-
-
-@contextlib.contextmanager
-def _resumable(directory: Path, *arguments: str) -> Iterator[None]:
-    """Turns Ctrl-C into a message that says how to go on with what stands in `directory`."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not any((directory / begun).exists() for begun in ("config.yaml", "trials")):
-            raise
-        remedy = shlex.join(["silotune-sim", *arguments])
-        raise cli.Interrupted(f"interrupted; complete rounds are kept, go on with: {remedy}") from None
 
 
 def _counts(splits: Splits | HeldOut) -> dict[str, int]:

@@ -110,6 +110,20 @@ def generate(data: DataConfig) -> Federation:
     )
 
 
+def alike(data: DataConfig, name: str, count: int) -> tuple[Record, ...]:
+    """`count` records of other people, drawn as that institution's training records are.
+
+    Some may say what a training record says: people have illnesses in common.
+
+    Raises:
+        ConfigError: as `generate`.
+    """
+    domain = _checked(data)
+    house = _house(domain, data.names.index(name), name, data.seed)
+    shares = _outcome_shares(domain, topic_mixes(domain, data)[name], data, name)
+    return _records(domain, data, f"{name}/alike", (house,), shares, count, None, Index())
+
+
 def topic_mixes(domain: Domain, data: DataConfig) -> dict[str, dict[str, float]]:
     """Each institution's share of every topic; sums to 1, at least FLOOR / topics each.
 

@@ -1,0 +1,1 @@
+"""Attacks on what a run promises: each tries to learn what it should not, and says how far it came."""

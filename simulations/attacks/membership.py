@@ -1,0 +1,147 @@
+"""Was this record trained on? Asked of the adapter that is published.
+
+Members are institutions' training records. Everybody else's are records made in the same way for the same institutions,
+or, where records come from files, the institutions' held-out ones; then a difference between the two kinds can look
+like memory, and the base model's own figure says how much.
+
+loss: the lower a record's loss, the likelier it was trained on (Yeom et al. 2018). likelihood ratio: the same against
+what models that have not seen the record make of it, as offline LiRA with one variance for all (Carlini et al. 2022,
+section 5.4 and equation 4); the reference models are the other institutions' own, trained alone, and the base: what an
+institution has that attacks another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from client.units import Unit
+from common.adapter import Adapter
+from common.config import Config
+from common.examples import examples_of
+from common.models import LoraModel, load
+from common.records import Record, read_jsonl
+from simulations.attacks.arms import (
+    BASE,
+    FEDERATED,
+    LOCAL,
+    PRIVATE,
+    Ground,
+    claimed,
+    jobs,
+    published,
+    train_all,
+    with_privacy,
+)
+from simulations.attacks.bounds import Scores, auc, hits_at, rates
+from simulations.attacks.probing import losses
+from simulations.attacks.result import Measure, Result, Told, Verdict
+from simulations.generate import federation as generator
+
+NAME = "membership"
+LOSS, RATIO = "loss", "likelihood ratio"
+FALSE = 0.01
+"""The false positive rate at which true positives are counted."""
+FEWEST = 50
+"""Records that are made for an institution beside its own, at least."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Records of one institution: those that it trained on, and others like them."""
+
+    members: tuple[Record, ...]
+    others: tuple[Record, ...]
+
+
+def sides(ground: Ground) -> dict[str, Sides]:
+    """Both sides of every institution; a record that equals one that was trained on anywhere is on neither."""
+    data, folder = ground.config.data, ground.records
+    train = {name: read_jsonl(folder / name / "train.jsonl") for name in data.names}
+    seen = {record.texts for records in train.values() for record in records}
+    generated = not data.directory and not data.has_files
+    found = {}
+    for name, own in train.items():
+        if generated:
+            others: Sequence[Record] = generator.alike(data, name, max(len(own), FEWEST))
+        else:
+            others = [r for part in ("validation", "test") for r in read_jsonl(folder / name / f"{part}.jsonl")]
+        found[name] = Sides(own, tuple(record for record in others if record.texts not in seen))
+    return found
+
+
+def attack(ground: Ground, tell: Told) -> Result:
+    """Attacks every arm. Raises ConfigError, DataError, ModelError and RunStopped as their names say."""
+    config = ground.config
+    found = sides(ground)
+    adapters = train_all(jobs(ground, (LOCAL, FEDERATED, PRIVATE)), config.simulation.actors, tell)
+    model = load(config.model, config.lora, config.seed)
+    tell("scoring every record under every adapter")
+    scores = scored(config, model, found, adapters)
+    private = with_privacy(config)
+    return result(private, claimed(private, model.read()), scores, published(adapters[PRIVATE, ""]))
+
+
+Arms = Mapping[tuple[str, str], tuple[Scores, Scores]]
+"""By arm and kind of attack: scores of members and of others, all institutions together."""
+
+
+def scored(
+    config: Config, model: LoraModel, found: Mapping[str, Sides], adapters: Mapping[tuple[str, str], Adapter]
+) -> Arms:
+    """Scores of all records, higher for likelier members."""
+    scores: dict[tuple[str, str], list[tuple[Scores, Scores]]] = {}
+    base = model.read()
+    for name, side in found.items():
+        kinds = [_units(records, model, config) for records in (side.members, side.others)]
+        targets = {
+            BASE: base,
+            LOCAL: adapters[LOCAL, name],
+            FEDERATED: adapters[FEDERATED, ""],
+            PRIVATE: adapters[PRIVATE, ""],
+        }
+        strangers = [base, *(adapters[LOCAL, other] for other in found if other != name)]
+        expected = [np.mean([losses(model, adapter, units) for adapter in strangers], axis=0) for units in kinds]
+        for arm, adapter in targets.items():
+            own = [losses(model, adapter, units) for units in kinds]
+            scores.setdefault((arm, LOSS), []).append((-own[0], -own[1]))
+            scores.setdefault((arm, RATIO), []).append((expected[0] - own[0], expected[1] - own[1]))
+    return {
+        key: (np.concatenate([one for one, _ in parts]), np.concatenate([other for _, other in parts]))
+        for key, parts in scores.items()
+    }
+
+
+def _units(records: Sequence[Record], model: LoraModel, config: Config) -> list[Unit]:
+    return [Unit(examples) for examples in examples_of(records, model.tokenizer, config.train).by_record]
+
+
+def result(private: Config, epsilon: float, scores: Arms, note: str) -> Result:
+    """What the scores come to. private: the private arm, which claims `epsilon`. note: what has to be said of it."""
+    delta = private.privacy.delta
+    proved = max(rates(*scores[PRIVATE, kind]).epsilon(delta) for kind in (LOSS, RATIO))
+    verdict: Verdict = "held" if proved <= epsilon else "broken"
+    measures = []
+    for (arm, kind), (members, others) in scores.items():
+        spread = math.sqrt((len(members) + len(others) + 1) / (12 * len(members) * len(others)))
+        chance = f"{len(members)} members, {len(others)} others; chance 0.5 ± {spread:.2f}"
+        said = "; ".join(part for part in (chance, note if arm == PRIVATE else "") if part)
+        measures.append(Measure(arm, f"AUC, {kind}", auc(members, others), said))
+        measures.append(Measure(arm, f"TPR at 1 % FPR, {kind}", hits_at(members, others, FALSE), f"chance {FALSE:g}"))
+    measures.append(Measure(PRIVATE, "epsilon at least", proved, f"95 %, claimed {epsilon:.2f} at {delta:g}"))
+
+    def best(arm: str) -> float:
+        return max(auc(*scores[arm, kind]) for kind in (LOSS, RATIO))
+
+    return Result(
+        NAME,
+        f"With differential privacy, every {private.privacy.mode} has epsilon = {epsilon:.2f} at delta = {delta:g};"
+        " without, nothing is promised.",
+        f"Told apart with an AUC of {best(LOCAL):.2f} when trained alone, {best(FEDERATED):.2f} federated,"
+        f" {best(PRIVATE):.2f} with differential privacy; the base model, which saw none, gives {best(BASE):.2f}.",
+        verdict,
+        tuple(measures),
+    )
