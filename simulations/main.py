@@ -260,9 +260,9 @@ def privacy(
 
     Without --full: mode patient at epsilon 8, four hospitals of 1000 patients, together and alone.
     """
-    directory = out or _new_directory("bench-privacy")
+    directory = out or new_directory("bench-privacy")
     again = ("bench", "privacy", *(overrides or ()), *(["--full"] if full else []), "--out", str(directory))
-    with cli.progress_console(as_json) as console, _resumable(directory, *again):
+    with cli.progress_console(as_json) as console, resumable(directory, *again):
         from simulations.benchmarks import privacy as benchmark
         from simulations.benchmarks import privacy_grid
 
