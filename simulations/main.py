@@ -240,7 +240,7 @@ def secagg(
 def privacy(
     overrides: Overrides = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Every mode, method, epsilon and seed: more than a day on two cores.")
+        bool, typer.Option("--full", help="Every mode, method, epsilon and seed: half a day on two cores.")
     ] = False,
     patients: Annotated[
         str, typer.Option(metavar="N,N,...", help="Of each hospital; without --full the first one.")
@@ -261,8 +261,8 @@ def privacy(
     Without --full: mode patient at epsilon 8, four hospitals of 1000 patients, together and alone.
     """
     directory = out or new_directory("bench-privacy")
-    again = ("bench", "privacy", *(overrides or ()), *(["--full"] if full else []), "--out", str(directory))
-    with cli.progress_console(as_json) as console, resumable(directory, *again):
+    said = (*(["--full"] if full else []), "--patients", patients, "--seeds", seeds, "--out", str(directory))
+    with cli.progress_console(as_json) as console, resumable(directory, "bench", "privacy", *(overrides or ()), *said):
         from simulations.benchmarks import privacy as benchmark
         from simulations.benchmarks import privacy_grid
 
