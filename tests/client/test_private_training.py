@@ -359,15 +359,29 @@ def test_an_empty_lot_is_a_step_like_any_other(lora_model: LoraModel, units: lis
     assert np.count_nonzero(moved) > 0.99 * moved.size
 
 
-def test_units_are_taken_with_the_rate_itself(lora_model: LoraModel, units: list[Unit], start: Adapter) -> None:
-    # 4 units at rate 0.37: a rate of 1 / ceil(1 / 0.37) or of a whole number of units would be 0.333 or 0.25.
-    step = NoisedStep(noise_multiplier=0.0, clip=1.0, sampling_rate=0.37)
+def test_a_lot_for_noise_in_shares_is_taken_with_the_rate_itself(
+    lora_model: LoraModel, units: list[Unit], start: Adapter
+) -> None:
+    alike, rate, clip = [units[3]] * 600, 0.05, 1e-4
+    keys = METHODS["fedavg"].trained(start)
+    total = clipped_sum(lora_model, alike, start, keys, PLAIN, clip, rate, SeededNoise(3))
+    taken = np.linalg.norm(total) / clip  # equal gradients add up in one direction
+    assert abs(taken - 600 * rate) < 3.5 * math.sqrt(600 * rate * (1 - rate))
+
+
+@pytest.mark.parametrize("asked", [0.37, 0.05])
+def test_units_are_taken_with_the_rate_itself(
+    asked: float, lora_model: LoraModel, units: list[Unit], start: Adapter
+) -> None:
+    # 4 units at rate 0.37: a rate of 1 / ceil(1 / 0.37) or of a whole number of units would be 0.333 or 0.25; 0.05
+    # is twice or nothing in one digit.
+    step = NoisedStep(noise_multiplier=0.0, clip=1.0, sampling_rate=asked)
     alike = [replace(units[3])] * 40
-    config = replace(PLAIN, passes_per_round=0.37 * 60)
+    config = replace(PLAIN, passes_per_round=asked * 60)
     (outcome,) = run(lora_model, alike, start, config, step)
     assert outcome.steps == 60
     rate = outcome.tokens / units[3].supervised / (40 * 60)
-    assert abs(rate - 0.37) < 3.5 * math.sqrt(0.37 * 0.63 / 2400)
+    assert abs(rate - asked) < 3.5 * math.sqrt(asked * (1 - asked) / 2400)
 
 
 @pytest.mark.parametrize(
