@@ -32,7 +32,7 @@ from common.adapter import Adapter
 from common.config import Config, PrivacyConfig
 from common.examples import examples_of
 from common.fixed_point import Ring
-from common.messages import INTERNAL_ERROR, Introduction, Plan, Refused, TrainRequest
+from common.messages import STORAGE_FAILED, Introduction, Plan, Refused, TrainRequest
 from common.methods import METHODS
 from common.models import LoraModel
 from common.policy_reasons import BUDGET_EXHAUSTED, PRIVACY_REQUIRED
@@ -152,7 +152,7 @@ def test_without_its_ledger_an_institution_answers_nothing(
     place = deployed(mode)
     place.home.ledger.rename(place.home.ledger.with_name("elsewhere"))
     member = place.institution(data=Untouchable())
-    assert member.answer(place.request(start)) == Refused(INTERNAL_ERROR, member.name)
+    assert member.answer(place.request(start)) == Refused(STORAGE_FAILED, member.name)
 
 
 @pytest.mark.parametrize("mode", TRAINED)
@@ -167,7 +167,7 @@ def test_what_was_trained_does_not_leave_when_its_cost_cannot_be_written_down(
         return trained
 
     member = place.institution(spoil=lose_the_ledger)
-    assert member.answer(place.request(start)) == Refused(INTERNAL_ERROR, member.name)
+    assert member.answer(place.request(start)) == Refused(STORAGE_FAILED, member.name)
     assert member.secure is not None
     assert member.secure.run == ""  # no attempt is under way, so that nothing can be masked and sent
     aside.rename(place.home.ledger)
