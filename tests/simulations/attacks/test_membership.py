@@ -65,7 +65,7 @@ def test_what_was_learned_by_heart_is_told_apart(model: LoraModel, start: Adapte
     found = scored(CONFIG, model, {"a": side}, adapters)
     curves = {key: membership.auc(*scores) for key, scores in found.items()}
     assert curves[LOCAL, RATIO] > 0.75
-    assert curves[LOCAL, RATIO] > curves[LOCAL, LOSS] > curves[BASE, LOSS]
+    assert curves[LOCAL, LOSS] > 0.9 > 0.75 > curves[BASE, LOSS]
     assert curves[FEDERATED, RATIO] == 0.5  # it is the base model, which is its own reference
     # A ratio is against models that did not see the record: here the base alone.
     np.testing.assert_allclose(found[LOCAL, RATIO][0], found[LOCAL, LOSS][0] - found[BASE, LOSS][0])
