@@ -19,11 +19,10 @@ from common.evaluation import Scores
 from common.files import storage_errors
 from common.models import load_adapter
 from common.records import read_jsonl, write_jsonl
-from server.coordinator import Bench, Observer, coordinate
+from server.coordinator import Bench
 from server.rounds import Progress
-from simulations.institutions import virtual
+from simulations.federate import federate
 from simulations.layout import RunDirectory
-from simulations.members import InProcessMembers
 from simulations.processes import process_pool
 
 ARM_MODES = {"distributed": "record", "institution": "none"}
@@ -93,8 +92,7 @@ def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
     home = RunDirectory(directory.arms / arm)
     mine = arm_config(config, arm)
     source = directory.pooled_records if arm == POOLED else directory.records(config)
-    members = InProcessMembers([virtual(mine, home, arm, source)])
-    return coordinate(mine, home.root, directory.central(config, "validation"), members, Observer()).progress
+    return federate(mine, home, source, directory.central(config, "validation"))
 
 
 def score(

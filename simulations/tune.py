@@ -22,13 +22,11 @@ from rich.table import Table
 from common.config import POOLED, ArmConfig, Config, TuneConfig
 from common.errors import RunStopped
 from common.files import write_json, write_text
-from server.coordinator import Observer, coordinate
 from server.rounds import Progress
 from simulations import prepare
 from simulations.compare import run_arm, write_pooled
-from simulations.institutions import virtual
+from simulations.federate import federate
 from simulations.layout import RunDirectory
-from simulations.members import InProcessMembers
 from simulations.processes import process_pool
 
 Arm = Literal["federated", "local", "pooled"]
@@ -133,8 +131,7 @@ def _federated(config: Config, place: RunDirectory, found: ArmConfig) -> Progres
         secure_aggregation=replace(config.secure_aggregation, enabled=False),
         evaluation=replace(config.evaluation, exact=[], institutions=False),
     )
-    members = InProcessMembers([virtual(trial, place, name, place.records(trial)) for name in trial.data.names])
-    return coordinate(trial, place.root, place.central(trial, "validation"), members, Observer()).progress
+    return federate(trial, place, place.records(trial), place.central(trial, "validation"))
 
 
 def _table(trials: list[Trial], best: dict[Arm, Trial]) -> Table:

@@ -21,15 +21,12 @@ from common.methods import method_named
 from common.models import load_adapter
 from common.privacy.accounting import Event, epsilon
 from common.privacy.mechanism import round_event
-from server.coordinator import Observer, coordinate
 from server.terms import terms_of
 from simulations import prepare
 from simulations.attacks.result import Told
 from simulations.compare import arm_config
-from simulations.identities import SimulatedIdentities
-from simulations.institutions import virtual
+from simulations.federate import federate
 from simulations.layout import RunDirectory
-from simulations.members import InProcessMembers
 from simulations.processes import process_pool
 
 BASE, LOCAL, FEDERATED, PRIVATE = "base", "local-only", "federated", "federated + DP"
@@ -167,12 +164,7 @@ def train(job: Job) -> Adapter:
     Raises RunStopped when its updates are void.
     """
     if not job.ready:
-        directory, names = RunDirectory(job.home), job.config.data.names
-        identities = SimulatedIdentities.fresh(names) if job.config.secure_aggregation.enabled else None
-        members = InProcessMembers([virtual(job.config, directory, name, job.records, identities) for name in names])
-        validation = job.records / COORDINATOR / "validation.jsonl"
-        roster = identities.roster() if identities else None
-        coordinate(job.config, job.home, validation, members, Observer(), roster=roster)
+        federate(job.config, RunDirectory(job.home), job.records, job.records / COORDINATOR / "validation.jsonl")
     return load_adapter(job.home / "adapter")
 
 

@@ -102,13 +102,16 @@ def _attack(
     with cli.progress_console(as_json) as console, resumable(directory, *again):
         import torch
 
+        from server import report
         from simulations.attacks.arms import open_ground
 
         torch.set_num_threads(loaded.simulation.threads)
         ground = open_ground(loaded, directory)
         result = found(ground, lambda line: cli.say(console, line))
         result.write(ground.directory)
+        if ground.finished:
+            report.write(ground.directory.root)
         console.print(result.table())
-        cli.say(console, f"written to {ground.directory.attack(name)}")
+        cli.say(console, f"written to {ground.directory.attack(name)}{', and the report' if ground.finished else ''}")
     if as_json:
         cli.print_json(result.as_dict())

@@ -28,13 +28,11 @@ from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json
 from common.privacy.mechanism import steps_per_round
 from common.records import Record
-from server.coordinator import Bench, Observer, coordinate
+from server.coordinator import Bench
 from simulations import compare, prepare
+from simulations.federate import federate
 from simulations.generate.federation import Federation
-from simulations.identities import SimulatedIdentities
-from simulations.institutions import virtual
 from simulations.layout import RunDirectory
-from simulations.members import InProcessMembers
 from simulations.processes import process_pool
 
 CONFIG = "hospitals-private"
@@ -296,12 +294,7 @@ def _train(point: Point, config: Config, place: RunDirectory) -> int:
     """Returns the best round's number."""
     if point.arm != FEDERATED:
         return compare.run_arm(config, place, point.arm).best_round
-    names = config.data.names
-    identities = SimulatedIdentities.fresh(names) if config.secure_aggregation.enabled else None
-    members = InProcessMembers([virtual(config, place, name, place.records(config), identities) for name in names])
-    roster = identities.roster() if identities else None
-    validation = place.central(config, "validation")
-    return coordinate(config, place.root, validation, members, Observer(), roster=roster).progress.best_round
+    return federate(config, place, place.records(config), place.central(config, "validation")).best_round
 
 
 def run_points(
