@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,24 @@ def test_the_run_directory_is_complete(whole: tuple[Path, dict[str, Any]]) -> No
     assert all(name in page for name in summary["institutions"])
     assert str(out) not in page
     assert config_files.load(str(out / "config.yaml")).federation.rounds == ROUNDS
+
+
+def test_an_attack_on_a_finished_run_stands_in_its_report(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    done = silotune("attack", "coordinator", "smoke", f"federation.rounds={ROUNDS}", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert json.loads((out / "attacks" / "coordinator.json").read_text()) == said
+    assert (said["attack"], said["verdict"]) == ("coordinator", "held")
+    assert {"update in the clear", "masked vector", "sum of the cohort"} <= {m["of"] for m in said["measures"]}
+    before, after = ((place / "report.html").read_text() for place in (whole[0], out))
+    assert "masked vector" in after
+    assert "masked vector" not in before
+    assert weights(out) == weights(whole[0])
+    other = silotune("attack", "coordinator", "smoke", "--out", out)
+    assert other.returncode == 2
+    assert "belongs to another configuration" in other.stderr
 
 
 def test_stock_peft_loads_the_adapter_and_gives_the_reported_perplexity(whole: tuple[Path, dict[str, Any]]) -> None:
