@@ -26,7 +26,7 @@ from client.data_sets import Machine
 from client.egress import EgressLog, Payload
 from client.findings import FAIL, OK, SKIPPED, WARN, Line
 from client.ledger import Ledger, Spend
-from client.policy_file import InstitutionPolicy, Population
+from client.policy_file import Budget, InstitutionPolicy, Population
 from common.bundle import bundle_digest
 from common.config import TrainConfig
 from common.enrolment import Address
@@ -453,6 +453,27 @@ def test_a_trial_that_does_not_fit_fails(lora_model: LoraModel, monkeypatch: pyt
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", full)
     with pytest.raises(ModelError, match=r"lower machine\.row_tokens"):
         trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "modes", "told"),
+    [
+        ("bfloat16", ("distributed", "institution"), "single units (distributed)"),
+        ("bfloat16", ("patient",), "machine.dtype: float32"),
+        ("bfloat16", ("institution",), None),  # the update is clipped as a whole
+        ("bfloat16", (), None),
+        ("float32", ("patient",), None),
+        ("auto", ("patient",), None),
+    ],
+)
+def test_bfloat16_is_to_mind_where_single_units_are_protected(
+    dtype: str, modes: tuple[str, ...], told: str | None, base_model: str
+) -> None:
+    populations = {"clinic": Budget((DATA_SET,), modes, 3.0, 1e-4)} if modes else {}
+    terms = InstitutionPolicy(data_sets=(DATA_SET,), populations=populations)
+    warnings = trial.device(Machine(base_model, "cpu", dtype), terms).warnings
+    assert [told in warning for warning in warnings if told] == ([True] if told else [])
+    assert len(warnings) == (told is not None)
 
 
 def test_weights_that_are_more_than_the_memory_are_not_loaded(base_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
