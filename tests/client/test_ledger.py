@@ -317,6 +317,14 @@ def test_a_data_set_that_left_every_population_goes_on_counting_for_those_that_i
     assert len(spent_in(place, alone)) == 3
 
 
+def test_spends_tie_by_themselves_where_a_budget_cannot_be_read(place: Path) -> None:
+    """As `ledger show` has them, which goes on over lines that are no entries."""
+    for data_set in ("notes", "letters"):
+        ledger_in(place).spend(CLINIC, replace(WHOLE, data_set=data_set))
+    spends = spent_in(place)
+    assert spent_by(spends, Population("notes", ("notes",))) == spends
+
+
 def test_all_names_changed_at_once_are_not_noticed(place: Path) -> None:
     """As the docstring says."""
     ledger_in(place).spend(CLINIC, replace(WHOLE, sigma=1.7))
