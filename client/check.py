@@ -8,6 +8,7 @@ runs the command on their own machine.
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import platform
 import shutil
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,7 @@ def check(asked: Question, tell: Callable[[Line], None] = lambda _: None) -> tup
     roster = look.at("roster", lambda: _roster(home, given(terms, "policy")))
     look.at("bundle", lambda: _bundle(given(terms, "policy"), given(roster, "roster")))
     file = look.at("data file", lambda: _data_file(home, given(terms, "policy")))
+    look.at("populations", lambda: _populations(home, given(terms, "policy"), given(file, "data file")))
     look.at("base model", lambda: trial.base_model(given(file, "data file").machine, given(terms, "policy")))
     model = look.at("device", lambda: trial.device(given(file, "data file").machine, given(terms, "policy")))
     look.at("disk", lambda: _disk(home, given(terms, "policy"), model))
@@ -205,6 +208,51 @@ def _data_file(home: ClientHome, terms: InstitutionPolicy) -> Found[DataFile]:
     if closed:
         told += f"; not allowed by the policy, and never opened: {', '.join(closed)}"
     return Found(found, told, warnings)
+
+
+def _populations(home: ClientHome, terms: InstitutionPolicy, file: DataFile) -> Found[None]:
+    """That no file is in two populations, or in one and in none: what is spent on it would count once of twice."""
+    paths = {
+        name: data_sets.path_of(file.data_sets[name], home.data.parent)
+        for name in terms.data_sets
+        if name in file.data_sets
+    }
+    same, alike = [], []
+    for one, other in combinations(paths, 2):
+        whose = [terms.population_of(name) for name in (one, other)]
+        if whose[0] == whose[1] or not any(population.limited for population in whose):
+            continue
+        told = " and ".join(
+            f"{name} ({f'population {population.name}' if population.limited else 'no population'})"
+            for name, population in zip((one, other), whose, strict=True)
+        )
+        if _same_file(paths[one], paths[other]):
+            same.append(f"{told} are the same file, {paths[one]}")
+        elif _equal(paths[one], paths[other]):
+            alike.append(f"{told} hold the same bytes; if they are the same persons, put both into one population")
+    if same:
+        raise ConfigError(
+            f"{home.data.name}: expected each file in one population of {home.policy.name}, found "
+            + "; ".join(same)
+            + "; what is spent on one would not count for the other: put both into one population"
+        )
+    return Found(None, f"{len(terms.populations)} with a budget; none shares a file with another data set", alike)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whatever the paths look like; links are followed."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one is missing, which its own line says
+        return one.resolve() == other.resolve()
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes; False where one cannot be read."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _egress(home: ClientHome) -> Found[None]:

@@ -109,7 +109,7 @@ class DataSets:
         if data_set not in self._file.data_sets:
             raise Refusal(DATA_SET_UNKNOWN, f"no data set is called {data_set!r:.80}; there are {self.names}")
         spec = self._file.data_sets[data_set]
-        path = self._folder / Path(spec.path).expanduser()
+        path = path_of(spec, self._folder)
         with self._lock:
             version = _version(path)
             if data_set not in self._read or self._read[data_set][0] != version:
@@ -133,6 +133,11 @@ class RecordFolder:
         file = self._directory / f"{part}.jsonl"
         version = _version(file)
         return RecordSet(str(file), version, read_jsonl(file))
+
+
+def path_of(spec: DataSet, folder: Path) -> Path:
+    """Where a data set's file lies; folder: where relative paths begin."""
+    return folder / Path(spec.path).expanduser()
 
 
 def _version(path: Path) -> str:

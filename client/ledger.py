@@ -4,10 +4,16 @@ What is spent is spent for good, and for all data sets of a population: another 
 file, a restart, or a crash between writing and sending open no fresh budget. How the ledger is kept is
 `client.chain`'s, how it is checked `client.chain_audit`'s. It holds what plans and policy say, and nothing of the data.
 
-One that was deleted, altered or cut short lets nothing be spent; it is begun by `Ledger.begin` alone. What it cannot
-notice by itself: files and head that were put back together to an earlier state while no process knew the later one,
-and training without noise, which is in no ledger. An export kept elsewhere, and the epsilons of the egress log, show
-the first.
+One that was deleted, altered or cut short lets nothing be spent; it is begun by `Ledger.begin` alone.
+
+What it cannot notice:
+- files and head that were put back together to an earlier state while no process knew the later one; an export kept
+  elsewhere, and the epsilons of the egress log, show it;
+- training without noise, which is in no ledger;
+- a second home over the same files, as for a second federation: each home's ledger begins empty, and has the whole
+  budget. One budget is then to be split over the homes by hand;
+- a population and its data sets that all get other names at once, and the same persons under names that no policy in
+  force at a spend ever put together (see `spent_by`).
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from common.privacy.mechanism import UNITS
 from common.secagg.identity import Identity
 
 SPENT, BUDGET, NO_BUDGET = "spent", "budget", "budget.none"
+
+INSTITUTION = UNITS["institution"]
 
 LEAST_SIGMA = 0.01
 """Noise multipliers below it cost more than can be told in numbers."""
@@ -184,16 +192,37 @@ def export(directory: Path, file: Path) -> int:
     return chain_audit.export(FORM, directory, file)
 
 
-def spent_by(entries: Iterable[Entry], population: Population) -> tuple[Spent, ...]:
-    """All that ever was spent of a population, in order.
+def spent_by(entries: Sequence[Entry], population: Population) -> tuple[Spent, ...]:
+    """All that ever was spent of a population, in order; the one account that budgets, forecasts and tables go by.
 
-    That is what was spent under its name, and what was spent on one of its data sets under any other: neither a new
-    name nor a data set that changes its population gives anything back.
+    That is what was spent under any name or on any data set that was ever tied to it, over however many steps: by a
+    budget or a spend in the ledger, or by the population itself. So no other name, no data set that changes its
+    population, and no population that is split gives anything back; parts of one each count what all of them spent.
+    A data set in no population is a population of its own, tied to those that it was in. Where a name and all of its
+    data sets change at once nothing ties the new ones to the old ones, and a tie that the policy took back before
+    anything was spent under it is in no ledger.
+
+    An event with the institution as its unit is about everything that the institution sends. So it counts, whatever
+    population it was for, in each one that allows this unit or ever spent by it.
     """
-    found = [entry for entry in entries if isinstance(entry, Spent)]
-    return tuple(
-        entry for entry in found if entry.population == population.name or entry.data_set in population.data_sets
-    )
+    names, data_sets = {population.name}, set(population.data_sets)
+    ties = {tie for entry in entries if (tie := _tie(entry)) is not None}
+    while near := {tie for tie in ties if tie[0] in names or not data_sets.isdisjoint(tie[1])}:
+        ties -= near
+        names |= {name for name, _ in near}
+        data_sets |= {data_set for _, tied in near for data_set in tied}
+    spent = [entry for entry in entries if isinstance(entry, Spent)]
+    own = [entry for entry in spent if entry.population in names]
+    if INSTITUTION not in {*(UNITS.get(mode) for mode in population.modes), *(entry.unit for entry in own)}:
+        return tuple(own)
+    return tuple(entry for entry in spent if entry.population in names or entry.unit == INSTITUTION)
+
+
+def _tie(entry: Entry) -> tuple[str, tuple[str, ...]] | None:
+    """The name of a population, and data sets that were of it."""
+    if isinstance(entry, BudgetSet):
+        return entry.population, tuple(entry.data_sets.split(","))
+    return (entry.population, (entry.data_set,)) if isinstance(entry, Spent) else None
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -302,7 +331,7 @@ def _spent(link: Link, population: Population, spend: Spend) -> Spent:
     )
 
 
-def _events(entries: Iterable[Entry], population: Population, spend: Spend) -> list[Event]:
+def _events(entries: Sequence[Entry], population: Population, spend: Spend) -> list[Event]:
     """What was spent of the population before. Raises ValueError for a data set that is not of it."""
     if spend.data_set not in population.data_sets:
         raise ValueError(f"expected a data set of population {population.name}, found {spend.data_set!r:.80}")

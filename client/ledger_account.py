@@ -36,10 +36,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Account:
-    """A population's part. units: what its epsilon speaks of. left: below the budget; None without one."""
+    """A population's part, as `ledger.spent_by` tells it.
+
+    units: what its epsilon speaks of. others: populations under whose names a part of it was spent; each counts it as
+    well. left: below the budget; None without one.
+    """
 
     population: Population
     units: tuple[str, ...]
+    others: tuple[str, ...]
     updates: int
     epsilon: Epsilon
     left: float | None
@@ -67,6 +72,7 @@ def account(spent: Sequence[Spent], population: Population, points: int) -> Acco
     return Account(
         population=population,
         units=tuple(sorted({entry.unit for entry in spent})),
+        others=tuple(sorted({entry.population for entry in spent} - {population.name})),
         updates=last,
         epsilon=total,
         left=max(population.epsilon - total.bound, 0.0) if population.limited else None,

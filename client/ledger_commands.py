@@ -191,6 +191,7 @@ def _account(account: Account) -> dict[str, Any]:
     return {
         **_population(account.population),
         "units": list(account.units),
+        "also_counted": list(account.others),
         "updates": account.updates,
         "spent": _bounds(account.epsilon),
         "left": account.left,
@@ -244,6 +245,7 @@ def _print_account(account: Account, console: Console) -> None:
         f"population   {population.name}: {', '.join(population.data_sets)}",
         f"spent        epsilon {_told(account.epsilon)} {budget}, at delta {population.delta:g}, in {account.updates}"
         f" updates{', by ' + ' and '.join(account.units) if account.units else ''}",
+        *([f"counts too   what was spent as {', '.join(account.others)}"] if account.others else []),
     )
     if not account.updates:
         cli.say(console, "")

@@ -51,7 +51,15 @@ def device(machine: Machine, terms: InstitutionPolicy) -> Found[LoraModel]:
         f" memory {size(_memory(machine))}"
     )
     numbers = {"device": model.device.type, "dtype": kind, "memory_bytes": _memory(machine)}
-    return Found(model, told, numbers=numbers)
+    by_unit = {mode for budget in terms.populations.values() for mode in budget.modes if mode != "institution"}
+    warnings = []
+    if kind == "bfloat16" and by_unit:
+        warnings.append(
+            f"the policy protects single units ({', '.join(sorted(by_unit))}), and in bfloat16 a unit's gradient may"
+            " depend on its neighbours by more than last bits, which no noise is for; set machine.dtype: float32 in"
+            " data.yaml"
+        )
+    return Found(model, told, warnings, numbers)
 
 
 def _device_name(model: LoraModel) -> str:

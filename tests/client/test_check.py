@@ -26,11 +26,11 @@ from client.data_sets import Machine
 from client.egress import EgressLog, Payload
 from client.findings import FAIL, OK, SKIPPED, WARN, Line
 from client.ledger import Ledger, Spend
-from client.policy_file import InstitutionPolicy, Population
+from client.policy_file import Budget, InstitutionPolicy, Population
 from common.bundle import bundle_digest
 from common.config import TrainConfig
 from common.enrolment import Address
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.examples import Tokenised, examples_of
 from common.models import LoraModel
 from common.records import write_jsonl
@@ -60,8 +60,8 @@ def verdicts(found: dict[str, Line]) -> dict[str, str]:
 
 
 ALONE = (
-    *("versions", "keys", "policy", "control", "roster", "bundle", "data file", "base model", "device", "disk"),
-    *("egress log", "privacy ledger", "data notes", "tokens notes", "training notes", "evaluation notes"),
+    *("versions", "keys", "policy", "control", "roster", "bundle", "data file", "populations", "base model", "device"),
+    *("disk", "egress log", "privacy ledger", "data notes", "tokens notes", "training notes", "evaluation notes"),
 )
 
 
@@ -320,6 +320,72 @@ def test_all_allowed_ones_are_tried_or_the_one_that_is_named(here: Enrolled) -> 
     assert not [name for name in lines(here, data_set="second") if DATA_SET in name]
 
 
+def budgets(here: Enrolled, *populations: str) -> None:
+    told = ", ".join(
+        f"{name}: {{data_sets: [{name.replace('+', ', ')}], modes: [patient], epsilon: 3.0, delta: 1.0e-4}}"
+        for name in populations
+    )
+    told = told.replace("notes+second:", "both:").replace("notes:", "clinic:").replace("second:", "ward:")
+    edit(here.home.policy, "populations: {}", f"populations: {{{told}}}")
+
+
+def as_link(first: Path, second: Path) -> None:
+    second.unlink()
+    second.symlink_to(first)
+
+
+def as_hard_link(first: Path, second: Path) -> None:
+    second.unlink()
+    os.link(first, second)
+
+
+def as_copy(first: Path, second: Path) -> None:
+    shutil.copyfile(first, second)
+
+
+def as_path(first: Path, second: Path) -> None:
+    """Said in another way in the data file."""
+    data = first.parent / "home" / "data.yaml"
+    edit(data, json.dumps(str(second)), json.dumps(f"{first.parent}/home/../{first.name}"))
+
+
+def gone(first: Path, second: Path) -> None:
+    as_path(first, second)
+    first.unlink()
+
+
+@pytest.mark.parametrize(
+    ("populations", "make", "verdict", "told"),
+    [
+        (("notes", "second"), as_path, FAIL, "notes (population clinic)"),
+        (("notes",), as_path, FAIL, "second (no population)"),
+        (("second",), as_link, FAIL, "second (population ward)"),
+        (("notes",), as_hard_link, FAIL, "are the same file"),
+        (("notes",), gone, FAIL, "are the same file"),
+        (("notes",), as_copy, WARN, "hold the same bytes"),
+        (("notes+second",), as_link, OK, "1 with a budget"),
+        (("notes+second",), as_copy, OK, "1 with a budget"),
+        ((), as_link, OK, "0 with a budget"),
+        (("notes", "second"), lambda *_: None, OK, "2 with a budget"),
+    ],
+)
+def test_a_file_in_two_populations_or_in_one_and_none_is_told(
+    populations: tuple[str, ...], make: Callable[[Path, Path], None], verdict: str, told: str, here: Enrolled
+) -> None:
+    file = second(here, allowed=True)
+    make(here.records, file)
+    budgets(here, *populations)
+    found = lines(here, data_set="none of them, which would be trained on")["populations"]
+    assert (found.verdict, told in found.told) == (verdict, True), found.told
+    assert type(found.error) is (ConfigError if verdict == FAIL else type(None))
+
+
+def test_a_file_of_a_data_set_that_is_not_allowed_may_be_any(here: Enrolled) -> None:
+    as_link(here.records, second(here, allowed=False))
+    budgets(here, "notes")
+    assert lines(here, data_set="none")["populations"].verdict == OK
+
+
 def test_a_name_without_a_file_is_told(here: Enrolled) -> None:
     edit(here.home.policy, f'data_sets: ["{DATA_SET}"]', f'data_sets: ["{DATA_SET}", "images"]')
     assert "expected a file for data set images" in lines(here)["data images"].told
@@ -387,6 +453,27 @@ def test_a_trial_that_does_not_fit_fails(lora_model: LoraModel, monkeypatch: pyt
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", full)
     with pytest.raises(ModelError, match=r"lower machine\.row_tokens"):
         trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "modes", "told"),
+    [
+        ("bfloat16", ("distributed", "institution"), "single units (distributed)"),
+        ("bfloat16", ("patient",), "machine.dtype: float32"),
+        ("bfloat16", ("institution",), None),  # the update is clipped as a whole
+        ("bfloat16", (), None),
+        ("float32", ("patient",), None),
+        ("auto", ("patient",), None),
+    ],
+)
+def test_bfloat16_is_to_mind_where_single_units_are_protected(
+    dtype: str, modes: tuple[str, ...], told: str | None, base_model: str
+) -> None:
+    populations = {"clinic": Budget((DATA_SET,), modes, 3.0, 1e-4)} if modes else {}
+    terms = InstitutionPolicy(data_sets=(DATA_SET,), populations=populations)
+    warnings = trial.device(Machine(base_model, "cpu", dtype), terms).warnings
+    assert [told in warning for warning in warnings if told] == ([True] if told else [])
+    assert len(warnings) == (told is not None)
 
 
 def test_weights_that_are_more_than_the_memory_are_not_loaded(base_model: str, monkeypatch: pytest.MonkeyPatch) -> None:

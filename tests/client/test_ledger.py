@@ -278,6 +278,85 @@ def test_nothing_opens_a_fresh_budget(population: Population, changes: dict[str,
     assert len(spent_in(place)) == 1
 
 
+def test_what_was_together_once_shares_what_it_spent_for_good(place: Path) -> None:
+    """A population is split, its part renamed, another data set joins the part: ties hold over every step."""
+    ledger_in(place).spend(CLINIC, replace(WHOLE, sigma=1.7))
+    part = replace(CLINIC, name="clinic-b", data_sets=("letters",))
+    late = replace(WHOLE, sigma=1.7, data_set="letters")
+    assert refused(ledger_in(place), part, late)  # nothing was ever spent on letters, and clinic-b is a new name
+    other = replace(CLINIC, name="ward", data_sets=("letters", "scans"))
+    assert not refused(ledger_in(place), other, replace(WHOLE, sigma=1000.0, data_set="scans"))
+    for number, population in enumerate((replace(other, name="x", data_sets=("scans",)), replace(CLINIC, name="ward"))):
+        assert refused(ledger_in(place), population, replace(late, data_set=population.data_sets[0])), number
+        assert len(spent_in(place, population)) == 2
+    # Backwards as well: what the part spends counts for those that stayed.
+    larger = replace(part, epsilon=9.0)
+    ledger_in(place).spend(larger, late)
+    assert [entry.population for entry in spent_in(place)] == ["clinic", "ward", "clinic-b"]
+
+
+def test_a_population_that_is_refused_ties_its_data_sets_by_being_asked(place: Path) -> None:
+    ledger_in(place).spend(Population("notes", ("notes",)), replace(WHOLE, sigma=1.7))
+    assert refused(ledger_in(place), CLINIC, replace(WHOLE, sigma=1.7, data_set="letters"))
+    assert refused(
+        ledger_in(place),
+        replace(CLINIC, data_sets=("letters",), name="b"),
+        replace(WHOLE, sigma=1.7, data_set="letters"),
+    )
+
+
+def test_a_data_set_that_left_every_population_goes_on_counting_for_those_that_it_was_in(place: Path) -> None:
+    ledger_in(place).spend(CLINIC, replace(WHOLE, sigma=1000.0))
+    alone = Population("notes", ("notes",))
+    assert not refused(ledger_in(place), alone, replace(WHOLE, sigma=1.7))
+    assert refused(
+        ledger_in(place), replace(CLINIC, data_sets=("letters",)), replace(WHOLE, sigma=1.7, data_set="letters")
+    )
+    # It has no budget, and is told what was spent of its persons.
+    assert not refused(ledger_in(place), alone, replace(WHOLE, sigma=1.7))
+    assert len(spent_in(place, alone)) == 3
+
+
+def test_spends_tie_by_themselves_where_a_budget_cannot_be_read(place: Path) -> None:
+    """As `ledger show` has them, which goes on over lines that are no entries."""
+    for data_set in ("notes", "letters"):
+        ledger_in(place).spend(CLINIC, replace(WHOLE, data_set=data_set))
+    spends = spent_in(place)
+    assert spent_by(spends, Population("notes", ("notes",))) == spends
+
+
+def test_all_names_changed_at_once_are_not_noticed(place: Path) -> None:
+    """As the docstring says."""
+    ledger_in(place).spend(CLINIC, replace(WHOLE, sigma=1.7))
+    renamed = replace(CLINIC, name="ward", data_sets=("texts",))
+    assert not refused(ledger_in(place), renamed, replace(WHOLE, sigma=1.7, data_set="texts"))
+
+
+def test_what_the_institution_spends_as_the_unit_counts_wherever_that_unit_may_be_spent(place: Path) -> None:
+    everything = replace(WHOLE, sigma=1.7, unit="institution")
+    clinic = replace(CLINIC, modes=("institution",))
+    ward = Population("ward", ("scans",), ("institution",), 3.0, 1e-5)
+    ledger_in(place).spend(clinic, everything)
+    assert refused(ledger_in(place), ward, replace(everything, data_set="scans"))
+    assert len(spent_in(place, ward)) == 1
+    # Persons of another population are not in it.
+    by_person = replace(ward, modes=("patient",))
+    assert not refused(ledger_in(place), by_person, replace(everything, data_set="scans", unit="patient"))
+    assert [entry.unit for entry in spent_in(place, by_person)] == ["patient"]
+    assert [entry.unit for entry in spent_in(place, ward)] == ["institution", "patient"]
+    # Neither are spends of a person in what another population's institution spends, which allows none now but did.
+    assert [entry.unit for entry in spent_in(place, replace(clinic, modes=("record",)))] == ["institution"]
+
+
+def test_a_population_that_ever_spent_as_the_institution_counts_all_such_spends(place: Path) -> None:
+    everything = replace(WHOLE, sigma=20.0, unit="institution")
+    ward = Population("ward", ("scans",), ("institution",), 3.0, 1e-5)
+    ledger_in(place).spend(ward, replace(everything, data_set="scans"))
+    assert spent_in(place) == ()
+    ledger_in(place).spend(replace(CLINIC, modes=("institution",)), everything)
+    assert len(spent_in(place)) == 2
+
+
 def test_populations_that_share_no_data_have_budgets_of_their_own(place: Path) -> None:
     ledger = ledger_in(place)
     ledger.spend(CLINIC, replace(WHOLE, sigma=1.7))

@@ -79,7 +79,23 @@ def test_an_account_says_what_is_spent_and_left_by_run(ledger: Ledger) -> None:
         epsilon([Event("gaussian", 8.0, 1.0, steps)], 1e-5) for steps in (4, 8, 12)
     ]
     assert scans.population == Population("scans", ("scans",), (NONE, *UNITS))
-    assert (scans.updates, scans.left, scans.units) == (1, None, ("record",))
+    # What the institution spent as the unit is of all it sends.
+    assert (scans.updates, scans.left, scans.units, scans.others) == (2, None, ("institution", "record"), ("clinic",))
+    assert clinic.others == ()
+
+
+def test_accounts_and_forecasts_go_by_the_ties_that_the_ledger_knows(ledger: Ledger) -> None:
+    """clinic was split, and notes are in no population any more."""
+    entries = spend(ledger, *rounds("first", range(1, 4)))
+    part = Budget(("letters",), ("patient",), 6.0, 1e-5)
+    split = replace(POLICY, populations={"clinic-b": part})
+    whole = epsilon([Event("gaussian", 8.0, 1.0, 6)], 1e-5)
+    letters, notes = accounts(entries, split, points=1)
+    assert (letters.population.name, letters.others) == ("clinic-b", ("clinic",))
+    assert (notes.population, notes.others) == (Population("notes", ("notes",)), ("clinic",))
+    assert (letters.updates, notes.updates, letters.left) == (3, 3, 6.0 - whole.bound)
+    foretold = {one.population.name: one.spent for one in forecasts(entries, split, CONFIG)}
+    assert foretold == {"clinic-b": letters.epsilon, "notes": notes.epsilon, "scans": Epsilon(0.0, 0.0)}
 
 
 def test_populations_that_spent_nothing_are_told_and_data_sets_alone_are_not(ledger: Ledger) -> None:

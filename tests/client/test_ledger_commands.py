@@ -105,6 +105,14 @@ def test_show_tells_what_is_spent_and_left(home: ClientHome) -> None:
     assert len(told("show", "--points", 1, "--home", home.root)["populations"][0]["over_rounds"]) == 1
 
 
+def test_show_names_the_populations_whose_spends_count_too(home: ClientHome) -> None:
+    assert [one["also_counted"] for one in told("show", "--home", home.root)["populations"]] == [[], []]
+    home.policy.write_text(POLICY.replace("clinic", "ward").replace("[notes, letters]", "[letters]"))
+    ward = told("show", "--home", home.root)["populations"][0]
+    assert (ward["population"], ward["updates"], ward["also_counted"]) == ("ward", 3, ["clinic"])
+    assert "what was spent as clinic" in words(call("show", "--home", home.root))
+
+
 def test_show_says_that_lines_are_no_entries(home: ClientHome) -> None:
     with (home.ledger / FILE).open("ab") as handle:
         handle.write(b"{}\n")

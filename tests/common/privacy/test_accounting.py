@@ -50,11 +50,16 @@ def discrete(sigma: float, q: float, steps: int) -> Event:
     return Event("discrete-gaussian", sigma, q, steps)
 
 
-def by_oracle(events: Sequence[Event], delta: float, mesh: float) -> float:
-    total = privacy_loss_distribution.identity(mesh)
+def by_oracle(events: Sequence[Event], delta: float, mesh: float, above: bool = True) -> float:
+    """A bound from above, by connecting the dots (Doroshenko et al. 2022), or one from below, by rounding down."""
+    total = privacy_loss_distribution.identity(mesh, pessimistic_estimate=above)
     for event in events:
         one = privacy_loss_distribution.from_gaussian_mechanism(
-            event.sigma, sampling_prob=event.q, value_discretization_interval=mesh, use_connect_dots=True
+            event.sigma,
+            sampling_prob=event.q,
+            value_discretization_interval=mesh,
+            use_connect_dots=above,
+            pessimistic_estimate=above,
         )
         total = total.compose(one.self_compose(event.steps))
     return float(total.get_epsilon_for_delta(delta))
@@ -69,6 +74,22 @@ def test_prv_is_within_two_per_cent_of_an_independent_accountant(sigma: float, q
     # The oracle's own error grows with the number of meshes that it adds up; both are upper bounds.
     assert found.prv == pytest.approx(by_oracle([event], DELTA, mesh), rel=0.02, abs=1e-4)
     assert found.bound == found.prv <= found.rdp
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), GRID)
+def test_the_bound_is_one_from_above(sigma: float, q: float, steps: int) -> None:
+    """Never below what the oracle proves to be spent; and of a sampled step it is no estimate of that.
+
+    The estimate that Opacus has beside its bound is within 0.1 % of the oracle's bound from above, more often below it:
+    too near for any bound from below to tell them apart, whose own error is that large. What does is that the bound
+    holds the whole error that was asked for, 0.4 %. Without sampling the figure is exact, and there is no estimate.
+    """
+    event = gaussian(sigma, q, steps)
+    found = epsilon([event], DELTA).bound
+    mesh = 1e-2 if found > 50 else 1e-3 if found > 1 else 1e-4
+    assert found >= by_oracle([event], DELTA, mesh, above=False) * (1 - 1e-12)
+    if q < 1:
+        assert found >= 1.003 * by_oracle([event], DELTA, mesh)
 
 
 def test_different_events_compose_as_the_oracle_has_it() -> None:
