@@ -123,9 +123,8 @@ class LocalRound:
             assert update.dtype == np.uint32
             return update.astype(np.uint32, copy=False)
         self._spend()
-        attempt = self.plan.secure.attempt if self.plan.secure else 0
         return fixed_point.encode_levels(
-            noised(update.astype(np.float64), noise, self._noise("shares", attempt)), self.plan.layout
+            noised(update.astype(np.float64), noise, self._noise("shares", self._attempt)), self.plan.layout
         )
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ class LocalRound:
 
         settings = self.plan.settings
         keys = METHODS[settings.method].trained(start)
-        privacy, noise, units = settings.privacy, self._noise("lot"), self._units()
+        privacy, noise, units = settings.privacy, self._noise("lot", self._attempt), self._units()
         with asked_for():
             total = clipped_sum(model, units, start, keys, self._config, privacy.clip, privacy.sampling_rate, noise)
         append_line(self.directory / "metrics.jsonl", json.dumps({"round": self.plan.round, "void": False, "steps": 1}))
@@ -195,6 +194,11 @@ class LocalRound:
         # The other settings do not change an example, and would only keep more than one copy of each.
         text = TrainConfig(max_tokens=said.max_tokens, long=said.long, overlap=said.overlap, supervised=said.supervised)
         return _tokenised(self.data.find(settings.data_set, part), self.model.path, text, self.log.name)
+
+    @property
+    def _attempt(self) -> int:
+        """Its number; 0 in the clear, where there are none."""
+        return self.plan.secure.attempt if self.plan.secure else 0
 
     # --- Chance -------------------------------------------------------------------------------------------------------
 
@@ -240,12 +244,11 @@ class LocalRound:
     @property
     def _cost(self) -> Spend | None:
         plan, settings = self.plan, self.plan.settings
-        attempt = plan.secure.attempt if plan.secure else 0
         with asked_for():
             event = self.event
             if event is None:
                 return None
-            return Spend.of(event, settings.privacy.mode, plan.run, plan.round, attempt, settings.data_set)
+            return Spend.of(event, settings.privacy.mode, plan.run, plan.round, self._attempt, settings.data_set)
 
     @property
     def _population(self) -> Population:

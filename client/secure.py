@@ -154,6 +154,12 @@ class SecureMember:
 
 
 def _same_update(before: Plan, now: Plan) -> bool:
-    """Whether a plan asks for the very vector that another one asked for: a repeat of an attempt at the same sum."""
+    """Whether a plan asks for the very update that another one asked for: a repeat of an attempt at the same sum.
+
+    Never in mode `distributed`: the ledger counts every attempt as one that was sampled by itself, and noise once more
+    over the same lot would be the same sample with less noise.
+    """
+    if now.settings.privacy.mode == "distributed":
+        return False
     asked = [(p.run, p.round, p.adapter_digest, p.settings, p.parameters, p.layout) for p in (before, now)]
     return asked[0] == asked[1]

@@ -220,6 +220,46 @@ def test_a_repeat_spends_again_exactly_where_it_draws_fresh_noise(
     assert {entry.event for entry in spends(member)} == {part_of(member, plans[0]).event}
 
 
+@pytest.mark.parametrize("mode", ["institution", "distributed"])
+def test_a_repeat_has_a_lot_of_its_own_where_lots_are_what_is_counted(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+    place.config = private(place.config, mode, noise_multiplier=0.05)
+    member = place.institution()
+    plans = [place.plan(start, attempt=number) for number in (1, 2)]
+    one, two = (
+        fixed_point.decode(Attempt(place, start, member.answer, plan).sum(), plan.layout, members=1).update
+        for plan in plans
+    )
+    noise = plans[0].shared_noise
+    assert noise is not None
+    apart = np.mean((one - two) ** 2) / (2 * (float(noise.scale) * noise.step) ** 2)  # 1: by nothing but the noise
+    if mode == "distributed":
+        assert apart > 2
+    else:
+        assert apart == pytest.approx(1, abs=SIX_SIGMA * math.sqrt(2 / noise.parameters))
+    assert [(entry.attempt, entry.event) for entry in spends(member)] == [
+        (n, part_of(member, plans[0]).event) for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(("mode", "equal"), [("institution", True), ("distributed", False)])
+def test_a_simulated_repeat_has_a_lot_of_its_own_too(
+    mode: str,
+    equal: bool,
+    simulated: Callable[..., tuple[Institution, Config]],
+    start: Adapter,
+    lora_model: LoraModel,
+) -> None:
+    member, config = simulated(mode)
+    plan = simulated_plan(config, start, "repeats")
+    assert plan.secure is not None
+    repeat = replace(plan, secure=replace(plan.secure, attempt=2))
+    one, two = (part_of(member, asked).update(start, lora_model) for asked in (plan, repeat))
+    assert np.array_equal(one, two) == equal
+
+
 # --- Whose noise ------------------------------------------------------------------------------------------------------
 
 
