@@ -34,7 +34,7 @@ def assemble(
 ) -> Institution:
     """The institution that answers from this home; neither records nor base model are read yet.
 
-    on_spend: told what is spent of privacy budgets, before it leaves.
+    on_spend: told what is spent of privacy budgets, before records are read for it.
 
     Raises ConfigError for a data file that is missing or has mistakes, ModelError when there is no base model where it
     says.

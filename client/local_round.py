@@ -62,7 +62,7 @@ def _tokenised(records: RecordSet, model_path: str, train: TrainConfig, log: str
 class LocalRound:
     """A round that an institution was asked for, and what of the institution it needs.
 
-    directory: of the run. ledger: where what it spends of a privacy budget is written down before anything leaves.
+    directory: of the run. ledger: where what it spends of a privacy budget is written down before a record is read.
     The others are as `Institution` has them.
     """
 
@@ -77,25 +77,47 @@ class LocalRound:
     spoil: Callable[[Trained, Plan], Trained] | None
     log: logging.Logger
 
-    def update(self, start: Adapter, model: LoraModel) -> Update:
-        """Trains from `start`, and keeps the state for the rounds to come.
+    def compute(self, start: Adapter, model: LoraModel, former: Update | None = None) -> tuple[Update, Ring]:
+        """What is kept for a repeat, and the vector of this attempt, made from `start`.
 
-        Returns the vector that leaves, or, where noise is added in shares, the update that `draw` makes it from. What
-        training spends of a privacy budget is in the ledger when this returns.
+        former: what was kept in the attempt before, where this is a repeat at the same sum. Without noise, and with
+        noise from training, the vector itself is kept: a repeat sends it again and spends nothing. In mode
+        `institution` the update is kept, and every attempt is noised anew. In mode `distributed` nothing is: every
+        attempt takes a lot of its own, since the ledger counts it as one.
 
-        Raises Refusal(malformed), Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) before it trains,
-        DataError and StorageError.
+        What the attempt spends of a privacy budget is in the ledger before the first record is read, so that it is
+        spent whatever comes of it: that training fails, and how, tells of the records too.
+
+        Raises, before any record is read: Refusal(malformed), Refusal(rounds_per_day_exceeded),
+        Refusal(budget_exhausted) and StorageError. Then DataError and StorageError.
+        """
+        privacy = self.plan.settings.privacy
+        if former is not None and not privacy.shared_noise:
+            return former, self._noised(former)
+        self._begin()
+        if privacy.mode == "distributed":
+            vector = self._noised(self._summed_gradients(start, model))
+            return vector, vector
+        update = self._trained_update(start, model) if former is None else former
+        return update, self._noised(update)
+
+    def _begin(self) -> None:
+        """All that must hold before a record is read."""
+        with asked_for():
+            _ = self.plan.layout, self._step  # before the round counts
+        if self.guard is not None:
+            self.guard.begin(self.plan)
+        if (spend := self._cost) is not None:
+            self._ledger.spend(self._population, spend)
+        if not (self.directory / "settings.json").exists():
+            write_text(self.directory / "settings.json", self.plan.settings.to_json())
+
+    def _trained_update(self, start: Adapter, model: LoraModel) -> Update:
+        """What training gives: the vector, or, where noise is in shares, the update without it.
+
+        Keeps the state for the rounds to come.
         """
         plan, settings = self.plan, self.plan.settings
-        with asked_for():
-            _ = plan.layout, self._step  # before the round counts
-        if self.guard is not None:
-            self.guard.begin(plan)
-        self._require_budget()
-        if not (self.directory / "settings.json").exists():
-            write_text(self.directory / "settings.json", settings.to_json())
-        if settings.privacy.mode == "distributed":
-            return self._summed_gradients(start, model)
         store = StateStore(self.directory / self._state)
         scores = Scores()
         if settings.evaluate:
@@ -104,8 +126,6 @@ class LocalRound:
         trained, records = self._trained(start, model, store.before(plan.round))
         if self.spoil is not None:
             trained = self.spoil(trained, plan)
-        if settings.privacy.mode in (RECORD, PATIENT):
-            self._spend()
         vector, usable = self._vector(start, trained, scores, records)
         # An unusable update must not poison the rounds to come: the institution goes on from the state before it.
         if usable:
@@ -113,16 +133,12 @@ class LocalRound:
         self._remember(trained, scores, usable)
         return vector
 
-    def draw(self, update: Update) -> Ring:
-        """The vector of one attempt: as it is, or, where noise is added in shares, with fresh noise.
-
-        What that spends is in the ledger when this returns. Raises Refusal(budget_exhausted) and StorageError.
-        """
+    def _noised(self, update: Update) -> Ring:
+        """The vector as it is, or, where noise is added in shares, with fresh noise."""
         noise = self.plan.shared_noise
         if noise is None:
             assert update.dtype == np.uint32
             return update.astype(np.uint32, copy=False)
-        self._spend()
         return fixed_point.encode_levels(
             noised(update.astype(np.float64), noise, self._noise("shares", self._attempt)), self.plan.layout
         )
@@ -232,14 +248,6 @@ class LocalRound:
         terms = plan.secure.terms if plan.secure else None
         passes = settings.train.passes_per_round
         return round_event(settings.privacy, settings.quantise, passes, settings.rounds, plan.parameters, terms)
-
-    def _require_budget(self) -> None:
-        if (spend := self._cost) is not None and (refusal := self._ledger.would_exceed(self._population, spend)):
-            raise refusal
-
-    def _spend(self) -> None:
-        if (spend := self._cost) is not None:
-            self._ledger.spend(self._population, spend)
 
     @property
     def _cost(self) -> Spend | None:
