@@ -30,6 +30,7 @@ from client.units import PATIENT, RECORD, Unit, units_of
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import ModelConfig, TrainConfig
+from common.errors import Refusal
 from common.evaluation import Scores, evaluate
 from common.examples import Tokenised, examples_of
 from common.files import append_line, write_text
@@ -42,6 +43,7 @@ from common.privacy.distributed import noised
 from common.privacy.mechanism import noise_multiplier, round_event, steps_per_round
 from common.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 from common.randomness import seeded
+from common.secagg.reasons import SETTINGS_DIFFER
 
 if TYPE_CHECKING:
     from client.private_training import NoisedStep
@@ -88,8 +90,8 @@ class LocalRound:
         What the attempt spends of a privacy budget is in the ledger before the first record is read, so that it is
         spent whatever comes of it: that training fails, and how, tells of the records too.
 
-        Raises, before any record is read: Refusal(malformed), Refusal(rounds_per_day_exceeded),
-        Refusal(budget_exhausted) and StorageError. Then DataError and StorageError.
+        Raises, before any record is read: Refusal(settings_differ), Refusal(malformed),
+        Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) and StorageError. Then DataError and StorageError.
         """
         privacy = self.plan.settings.privacy
         if former is not None and not privacy.shared_noise:
@@ -103,14 +105,25 @@ class LocalRound:
 
     def _begin(self) -> None:
         """All that must hold before a record is read."""
+        self._require_settings()
         with asked_for():
             _ = self.plan.layout, self._step  # before the round counts
         if self.guard is not None:
             self.guard.begin(self.plan)
         if (spend := self._cost) is not None:
             self._ledger.spend(self._population, spend)
-        if not (self.directory / "settings.json").exists():
-            write_text(self.directory / "settings.json", self.plan.settings.to_json())
+        if not self._settings.exists():
+            write_text(self._settings, self.plan.settings.to_json())
+
+    @property
+    def _settings(self) -> Path:
+        """The file of those that the run's first round had."""
+        return self.directory / "settings.json"
+
+    def _require_settings(self) -> None:
+        """Raises Refusal(settings_differ) for others than the run's: its state is kept by its name alone."""
+        if self._settings.exists() and self._settings.read_bytes() != self.plan.settings.to_json().encode():
+            raise Refusal(SETTINGS_DIFFER, f"the settings are not those of the run's first round, in {self._settings}")
 
     def _trained_update(self, start: Adapter, model: LoraModel) -> Update:
         """What training gives: the vector, or, where noise is in shares, the update without it.

@@ -866,6 +866,12 @@ IN_TRAINING = [
         damage=lambda b: a_directory(b.place.home.runs / RUN / "metrics.jsonl"),
     ),
     Case(
+        "a run that began with other settings",
+        TrainRequest,
+        reasons.SETTINGS_DIFFER,
+        damage=lambda b: write(b.place.home.runs / RUN / "settings.json", b"{}"),
+    ),
+    Case(
         "its own chance in pieces",
         TrainRequest,
         INTERNAL_ERROR,

@@ -30,7 +30,7 @@ from client.units import Unit
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import Config, PrivacyConfig
-from common.errors import DataError
+from common.errors import DataError, Refusal
 from common.examples import examples_of
 from common.fixed_point import Ring
 from common.messages import DATA_UNREADABLE, INTERNAL_ERROR, STORAGE_FAILED, Introduction, Plan, Refused, TrainRequest
@@ -41,6 +41,7 @@ from common.privacy.accounting import epsilon
 from common.privacy.noise import SeededNoise, SystemNoise
 from common.secagg.identity import Identity, Roster
 from common.secagg.messages import Keys
+from common.secagg.reasons import SETTINGS_DIFFER
 from tests.client.conftest import NAMES, make_config, make_plan, secured
 from tests.client.guarded import DATA_SET, Attempt, Guarded, Untouchable
 
@@ -141,6 +142,37 @@ def test_a_member_whose_update_cannot_be_used_adds_its_noise_all_the_same(
     assert (found.weight, found.void) == (1, 0)
     variance = (float(noise.scale) * noise.step) ** 2
     assert np.mean(found.update**2) / variance == pytest.approx(1, abs=SIX_SIGMA * math.sqrt(2 / noise.parameters))
+
+
+# --- What a run holds to ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "secure"),
+    [*((mode, True) for mode in ("none", *MODES)), *((mode, False) for mode in ("none", "record", "patient"))],
+)
+def test_other_settings_under_the_name_of_a_run_are_refused_and_equal_ones_are_not(
+    mode: str,
+    secure: bool,
+    simulated: Callable[..., tuple[Institution, Config]],
+    start: Adapter,
+    lora_model: LoraModel,
+) -> None:
+    member, config = simulated(mode)
+    asked = simulated_plan(config, start, "one") if secure else make_plan(config, start, run="one")
+    part_of(member, asked).compute(start, lora_model)
+    paid = len(spends(member))
+    records = Untouchable()
+    for changed in ({"seed": 4}, {"rounds": 4}, {"privacy": replace(config.privacy, clip=0.06)}):
+        other = replace(asked, round=2, settings=replace(asked.settings, **changed))
+        with pytest.raises(Refusal, match="settings") as caught:
+            part_of(replace(member, data=records), other).compute(start, lora_model)
+        assert caught.value.reason == SETTINGS_DIFFER
+    assert records.opened == []
+    assert len(spends(member)) == paid
+    part_of(member, replace(asked, round=2)).compute(start, lora_model)
+    another = replace(asked, run="two", settings=replace(asked.settings, seed=4))
+    part_of(member, another).compute(start, lora_model)
 
 
 # --- What is spent ----------------------------------------------------------------------------------------------------
@@ -328,17 +360,21 @@ def test_two_runs_from_one_adapter_differ_in_a_deployment_and_agree_in_a_simulat
 def test_noised_steps_take_nothing_from_steps_without_noise(
     before: str, mode: str, simulated: Callable[..., tuple[Institution, Config]], start: Adapter, lora_model: LoraModel
 ) -> None:
-    """A coordinator that changes the mode within a run gets the moments of steps without noise in no update."""
+    """Whoever changes the mode within a run gets the moments of steps without noise in no update."""
 
     member, config = simulated(mode)
 
-    def second_round() -> Ring:
-        part = part_of(member, replace(simulated_plan(config, start, "one"), round=2))
+    def computed(plan: Plan) -> Ring:
+        part = part_of(member, plan)
+        (part.directory / "settings.json").unlink(missing_ok=True)  # else another mode would be refused
         return part.compute(start, lora_model)[1]
+
+    def second_round() -> Ring:
+        return computed(replace(simulated_plan(config, start, "one"), round=2))
 
     alone = second_round()
     plain = replace(config, privacy=replace(config.privacy, mode=before))
-    part_of(member, simulated_plan(plain, start, "one")).compute(start, lora_model)
+    computed(simulated_plan(plain, start, "one"))
     assert np.array_equal(second_round(), alone)
     assert alone.any()
 
