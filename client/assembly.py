@@ -53,7 +53,7 @@ def assemble(
         home=home.runs,
         model=file.machine.config(),
         secure=SecureMember(keys.identity, policy.secure(roster.secagg), lambda run: marks(home, run)),
-        guard=Guard(policy, known.names, book, control, roster.coordinator),
+        guard=Guard(policy, known.names, known.without_persons, book, control, roster.coordinator),
         shelf=shelf,
         ledger=Ledger(home.ledger, keys.identity, on_spend=on_spend),
         row_tokens=file.machine.row_tokens,
