@@ -412,13 +412,54 @@ def test_nothing_that_an_institution_is_made_from_can_bring_a_source_of_noise() 
     told = [str(parameter.annotation) for found in signatures for parameter in found.parameters.values()]
     assert not [annotation for annotation in told if "Noise" in annotation or annotation == "Any"]
     assert not [field.name for field in fields(PrivacyConfig) if "seed" in field.name or "source" in field.name]
-    calls = {
-        (path.name, node.func.id)
-        for path in Path(local_round.__file__).parent.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Noise")
-    }
-    assert calls == {("local_round.py", "SystemNoise"), ("local_round.py", "SeededNoise")}
+    packages = [Path(local_round.__file__).parents[1] / name for name in ("client", "common", "server")]
+    files = [file for package in packages for file in package.rglob("*.py")]
+    assert {"local_round.py", "noise.py", "distributed.py"} <= {file.name for file in files}
+    found = {(file.name, name) for file in files for name in sources_made_in(file.read_text(encoding="utf-8"))}
+    assert found == {("local_round.py", "SystemNoise"), ("local_round.py", "SeededNoise")}
+
+
+def sources_made_in(code: str) -> set[str]:
+    """The kinds of noise that a module makes, or names without making them, as `common.privacy.noise` calls them.
+
+    Under whatever name they were imported or assigned, and through whatever module; an import or a type alone is none.
+    """
+    kinds, tree = {"SystemNoise", "SeededNoise"}, ast.parse(code)
+    known = {kind: kind for kind in kinds}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            known |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in kinds}
+    types = {id(part) for node in ast.walk(tree) for said in types_of(node) for part in ast.walk(said)}
+    used = [node for node in ast.walk(tree) if id(node) not in types]
+    return (
+        {known[node.id] for node in used if isinstance(node, ast.Name) and node.id in known}
+        | {node.attr for node in used if isinstance(node, ast.Attribute) and node.attr in kinds}
+        | {node.value for node in used if isinstance(node, ast.Constant) and node.value in kinds}
+    )
+
+
+def types_of(node: ast.AST) -> list[ast.AST]:
+    """What of it is a type."""
+    found = [getattr(node, name, None) for name in ("annotation", "returns")]
+    return [said for said in found if isinstance(said, ast.AST)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from common.privacy.noise import SeededNoise\nnoise = SeededNoise(1)",
+        "from common.privacy.noise import SeededNoise as SystemNoise\nnoise = SystemNoise(1)",
+        "from common.privacy import noise\nfound = noise.SeededNoise(1)",
+        "import common.privacy.noise as other\nfound = other.SeededNoise(1)",
+        "import common.privacy.noise\nfound = common.privacy.noise.SeededNoise(1)",
+        "from common.privacy.noise import SeededNoise\nkind = SeededNoise\nfound = kind(1)",
+        "from common.privacy import noise\nfound = partial(noise.SeededNoise, 1)",
+        "from common.privacy import noise\nfound = getattr(noise, 'SeededNoise')(1)",
+    ],
+)
+def test_a_source_is_seen_by_whatever_name_it_is_made(code: str) -> None:
+    assert sources_made_in(code) == {"SeededNoise"}
+    assert sources_made_in("from common.privacy.noise import SeededNoise\ndef f(noise: SeededNoise): ...") == set()
 
 
 # --- Whose influence is bounded ---------------------------------------------------------------------------------------
