@@ -34,7 +34,7 @@ def assemble(
 ) -> Institution:
     """The institution that answers from this home; neither records nor base model are read yet.
 
-    on_spend: told what is spent of privacy budgets, before it leaves.
+    on_spend: told what is spent of privacy budgets, before records are read for it.
 
     Raises ConfigError for a data file that is missing or has mistakes, ModelError when there is no base model where it
     says.
@@ -53,7 +53,7 @@ def assemble(
         home=home.runs,
         model=file.machine.config(),
         secure=SecureMember(keys.identity, policy.secure(roster.secagg), lambda run: marks(home, run)),
-        guard=Guard(policy, known.names, book, control, roster.coordinator),
+        guard=Guard(policy, known.names, known.without_persons, book, control, roster.coordinator),
         shelf=shelf,
         ledger=Ledger(home.ledger, keys.identity, on_spend=on_spend),
         row_tokens=file.machine.row_tokens,

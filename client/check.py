@@ -30,6 +30,7 @@ from client.home import ClientHome
 from client.keys import Keys
 from client.policy_file import InstitutionPolicy
 from client.trust import TrustedRoster
+from client.units import PATIENT
 from common.bundle import bundle_digest
 from common.config import TrainConfig
 from common.enrolment import check_authority, grouped
@@ -340,7 +341,13 @@ def _records(terms: InstitutionPolicy, records: DataSets, name: str) -> Found[di
     persons = len({record.person for part in found.values() for record in part})
     sizes = {part: len(part_records) for part, part_records in found.items()}
     told = f"{sum(sizes.values())} of {persons} persons: " + ", ".join(f"{part} {size}" for part, size in sizes.items())
-    return Found(found, told, numbers={"records": sizes, "persons": persons})
+    warnings = []
+    if name in records.without_persons and PATIENT in terms.population_of(name).modes:
+        warnings.append(
+            f"the policy allows privacy mode {PATIENT}, and data.yaml names no column of persons: runs in it are"
+            " refused, since single records would be protected; name the column, or leave the mode out"
+        )
+    return Found(found, told, warnings, {"records": sizes, "persons": persons})
 
 
 # --- The network ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from common.base_model import EMBEDDED
 from common.config import FileConfig, ModelConfig
 from common.config_rules import RULES, Rule
 from common.errors import DataError, Refusal
-from common.formats import read_records
+from common.formats import NOBODY, read_records
 from common.policy_reasons import DATA_SET_UNKNOWN
 from common.records import Record, read_jsonl
 from common.sources import read_table
@@ -97,6 +97,11 @@ class DataSets:
     def names(self) -> tuple[str, ...]:
         """Names that a coordinator may say, in order."""
         return tuple(self._file.data_sets)
+
+    @property
+    def without_persons(self) -> tuple[str, ...]:
+        """Those of them of which nobody knows whose a record is, so that each is taken for a person of its own."""
+        return tuple(name for name, spec in self._file.data_sets.items() if spec.person == NOBODY)
 
     def find(self, data_set: str, part: str) -> RecordSet:
         """One set of a data set, split as a simulation splits that file for a coordinator with records of its own.
@@ -185,7 +190,8 @@ data_sets:
 #  notes:
 #    # A jsonl, csv or parquet file; read where it lies, never copied. A relative path begins at this file's folder.
 #    path: /srv/records/notes.jsonl
-#    # The column that says whose record it is: splits go by person. `-`: every record is a person of its own.
+#    # The column that says whose record it is: splits go by person. `-`: every record is a person of its own,
+#    # and runs that protect patients are refused.
 #    person: person
 #    # What the file calls its columns, where it is not text, prompt, completion, instruction, input, output, messages
 #    # and kind. `-`: that form is not meant.

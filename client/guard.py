@@ -20,7 +20,8 @@ from common.secagg.canonical import canonical
 class Guard:
     """Stands between the coordinator's messages and this institution's records, in a deployment.
 
-    policy: what the institution agreed to. data_sets: names in its data file. book: counts the rounds of a day.
+    policy: what the institution agreed to. data_sets: names in its data file. without_persons: those of them of which
+    nobody knows whose a record is. book: counts the rounds of a day.
     control: what people told the daemon. coordinator: public key of the roster that was pinned.
     """
 
@@ -28,12 +29,14 @@ class Guard:
         self,
         policy: InstitutionPolicy,
         data_sets: Collection[str],
+        without_persons: Collection[str],
         book: RoundBook,
         control: Control,
         coordinator: bytes,
     ) -> None:
         self._policy = policy
         self._data_sets = data_sets
+        self._without_persons = without_persons
         self._book = book
         self._control = control
         self._coordinator = coordinator
@@ -49,7 +52,8 @@ class Guard:
             raise Refusal(reasons.PAUSED, "this institution pauses")
         said = digest(message)
         try:
-            self._policy.accept(Asked.of(message), self._data_sets, self._control.approved(message.run, said))
+            approved = self._control.approved(message.run, said)
+            self._policy.accept(Asked.of(message), self._data_sets, approved, self._without_persons)
         except Refusal as refusal:
             if refusal.reason == reasons.NOT_APPROVED:
                 self._control.ask(message.run, said, terms(message))

@@ -174,10 +174,10 @@ class Institution:
         here = self._round(plan)
         parameters = len(flatten(start.factors, METHODS[settings.method].trained(start)))
         if self.secure is not None and (plan.secure is not None or self.secure.policy.required):
-            return self.secure.begin(plan, parameters, lambda: here.update(start, model), here.draw)
+            return self.secure.begin(plan, parameters, lambda former: here.compute(start, model, former))
         if plan.parameters != parameters:
             raise Refusal(MALFORMED, f"{plan.parameters} parameters, expected {parameters}")
-        vector = here.draw(here.update(start, model))
+        _, vector = here.compute(start, model)
         return Contribution(plan.digest(), fixed_point.pack(vector, plan.layout.ring_bits))
 
     def _keep(self, request: Published) -> Received:

@@ -1,7 +1,7 @@
-"""The privacy ledger: every step that used data, written down and synced before what it gave may leave.
+"""The privacy ledger: every attempt that uses data, written down and synced before the first record is read.
 
 What is spent is spent for good, and for all data sets of a population: another run, another round or attempt, a changed
-file, a restart, or a crash between writing and sending open no fresh budget. How the ledger is kept is
+file, a restart, or an attempt that then fails: none opens a fresh budget. How the ledger is kept is
 `client.chain`'s, how it is checked `client.chain_audit`'s. It holds what plans and policy say, and nothing of the data.
 
 One that was deleted, altered or cut short lets nothing be spent; it is begun by `Ledger.begin` alone.
@@ -43,7 +43,7 @@ LEAST_SIGMA = 0.01
 
 @dataclass(frozen=True)
 class Spend:
-    """What one update costs: an `Event` of the accountant, and what it belongs to.
+    """What one attempt costs: an `Event` of the accountant, and what it belongs to.
 
     unit: what the epsilon speaks of: record, patient or institution. data_set: whose records were used.
 
@@ -95,7 +95,7 @@ class Entry(chain.Entry):
 
 @dataclass(frozen=True)
 class Spent(Entry):
-    """What an update cost, that was about to leave. population: its name at that time. The rest as in `Spend`."""
+    """What an attempt cost, that was about to begin. population: its name at that time. The rest as in `Spend`."""
 
     number: int
     time: str
@@ -263,14 +263,14 @@ class Ledger:
         return self._chain.begin()
 
     def spend(self, population: Population, spend: Spend) -> Receipt:
-        """Writes down a spend; what it is for may leave when this has returned, and counts as spent from now on.
+        """Writes down a spend; what it is for may begin when this has returned, and counts as spent from now on.
 
         Check and writing are one step: nobody else spends meanwhile. A budget that the policy changed is written down
         first, and holds.
 
         Raises Refusal(budget_exhausted), with what is left in its detail, where it would cost more than the
         population's budget; StorageError when the ledger is not as it was left, or cannot be written: then nothing may
-        leave either.
+        begin either.
         """
         with self._chain.held() as held:
             entries = self._read(held)
@@ -284,14 +284,6 @@ class Ledger:
         receipt = Receipt(entry, max(added, 0.0))
         self._on_spend(receipt)
         return receipt
-
-    def would_exceed(self, population: Population, spend: Spend) -> Refusal | None:
-        """What `spend` would raise now, to be asked before training; None where it fits. Writes down nothing.
-
-        Raises StorageError as `spend` does.
-        """
-        with self._chain.held() as held:
-            return _refusal(_events(self._read(held), population, spend), population, spend)
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries, in order. Raises StorageError when the ledger is not as it was left."""

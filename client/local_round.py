@@ -30,6 +30,7 @@ from client.units import PATIENT, RECORD, Unit, units_of
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import ModelConfig, TrainConfig
+from common.errors import Refusal
 from common.evaluation import Scores, evaluate
 from common.examples import Tokenised, examples_of
 from common.files import append_line, write_text
@@ -42,6 +43,7 @@ from common.privacy.distributed import noised
 from common.privacy.mechanism import noise_multiplier, round_event, steps_per_round
 from common.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 from common.randomness import seeded
+from common.secagg.reasons import SETTINGS_DIFFER
 
 if TYPE_CHECKING:
     from client.private_training import NoisedStep
@@ -62,7 +64,7 @@ def _tokenised(records: RecordSet, model_path: str, train: TrainConfig, log: str
 class LocalRound:
     """A round that an institution was asked for, and what of the institution it needs.
 
-    directory: of the run. ledger: where what it spends of a privacy budget is written down before anything leaves.
+    directory: of the run. ledger: where what it spends of a privacy budget is written down before a record is read.
     The others are as `Institution` has them.
     """
 
@@ -77,25 +79,58 @@ class LocalRound:
     spoil: Callable[[Trained, Plan], Trained] | None
     log: logging.Logger
 
-    def update(self, start: Adapter, model: LoraModel) -> Update:
-        """Trains from `start`, and keeps the state for the rounds to come.
+    def compute(self, start: Adapter, model: LoraModel, former: Update | None = None) -> tuple[Update, Ring]:
+        """What is kept for a repeat, and the vector of this attempt, made from `start`.
 
-        Returns the vector that leaves, or, where noise is added in shares, the update that `draw` makes it from. What
-        training spends of a privacy budget is in the ledger when this returns.
+        former: what was kept in the attempt before, where this is a repeat at the same sum. Without noise, and with
+        noise from training, the vector itself is kept: a repeat sends it again and spends nothing. In mode
+        `institution` the update is kept, and every attempt is noised anew. In mode `distributed` nothing is: every
+        attempt takes a lot of its own, since the ledger counts it as one.
 
-        Raises Refusal(malformed), Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) before it trains,
-        DataError and StorageError.
+        What the attempt spends of a privacy budget is in the ledger before the first record is read, so that it is
+        spent whatever comes of it: that training fails, and how, tells of the records too.
+
+        Raises, before any record is read: Refusal(settings_differ), Refusal(malformed),
+        Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) and StorageError. Then DataError and StorageError.
+        """
+        privacy = self.plan.settings.privacy
+        if former is not None and not privacy.shared_noise:
+            return former, self._noised(former)
+        self._begin()
+        if privacy.mode == "distributed":
+            vector = self._noised(self._summed_gradients(start, model))
+            return vector, vector
+        update = self._trained_update(start, model) if former is None else former
+        return update, self._noised(update)
+
+    def _begin(self) -> None:
+        """All that must hold before a record is read."""
+        self._require_settings()
+        with asked_for():
+            _ = self.plan.layout, self._step  # before the round counts
+        if self.guard is not None:
+            self.guard.begin(self.plan)
+        if (spend := self._cost) is not None:
+            self._ledger.spend(self._population, spend)
+        if not self._settings.exists():
+            write_text(self._settings, self.plan.settings.to_json())
+
+    @property
+    def _settings(self) -> Path:
+        """The file of those that the run's first round had."""
+        return self.directory / "settings.json"
+
+    def _require_settings(self) -> None:
+        """Raises Refusal(settings_differ) for others than the run's: its state is kept by its name alone."""
+        if self._settings.exists() and self._settings.read_bytes() != self.plan.settings.to_json().encode():
+            raise Refusal(SETTINGS_DIFFER, f"the settings are not those of the run's first round, in {self._settings}")
+
+    def _trained_update(self, start: Adapter, model: LoraModel) -> Update:
+        """What training gives: the vector, or, where noise is in shares, the update without it.
+
+        Keeps the state for the rounds to come.
         """
         plan, settings = self.plan, self.plan.settings
-        with asked_for():
-            _ = plan.layout, self._step  # before the round counts
-        if self.guard is not None:
-            self.guard.begin(plan)
-        self._require_budget()
-        if not (self.directory / "settings.json").exists():
-            write_text(self.directory / "settings.json", settings.to_json())
-        if settings.privacy.mode == "distributed":
-            return self._summed_gradients(start, model)
         store = StateStore(self.directory / self._state)
         scores = Scores()
         if settings.evaluate:
@@ -104,8 +139,6 @@ class LocalRound:
         trained, records = self._trained(start, model, store.before(plan.round))
         if self.spoil is not None:
             trained = self.spoil(trained, plan)
-        if settings.privacy.mode in (RECORD, PATIENT):
-            self._spend()
         vector, usable = self._vector(start, trained, scores, records)
         # An unusable update must not poison the rounds to come: the institution goes on from the state before it.
         if usable:
@@ -113,19 +146,14 @@ class LocalRound:
         self._remember(trained, scores, usable)
         return vector
 
-    def draw(self, update: Update) -> Ring:
-        """The vector of one attempt: as it is, or, where noise is added in shares, with fresh noise.
-
-        What that spends is in the ledger when this returns. Raises Refusal(budget_exhausted) and StorageError.
-        """
+    def _noised(self, update: Update) -> Ring:
+        """The vector as it is, or, where noise is added in shares, with fresh noise."""
         noise = self.plan.shared_noise
         if noise is None:
             assert update.dtype == np.uint32
             return update.astype(np.uint32, copy=False)
-        self._spend()
-        attempt = self.plan.secure.attempt if self.plan.secure else 0
         return fixed_point.encode_levels(
-            noised(update.astype(np.float64), noise, self._noise("shares", attempt)), self.plan.layout
+            noised(update.astype(np.float64), noise, self._noise("shares", self._attempt)), self.plan.layout
         )
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -161,7 +189,7 @@ class LocalRound:
 
         settings = self.plan.settings
         keys = METHODS[settings.method].trained(start)
-        privacy, noise, units = settings.privacy, self._noise("lot"), self._units()
+        privacy, noise, units = settings.privacy, self._noise("lot", self._attempt), self._units()
         with asked_for():
             total = clipped_sum(model, units, start, keys, self._config, privacy.clip, privacy.sampling_rate, noise)
         append_line(self.directory / "metrics.jsonl", json.dumps({"round": self.plan.round, "void": False, "steps": 1}))
@@ -196,6 +224,11 @@ class LocalRound:
         text = TrainConfig(max_tokens=said.max_tokens, long=said.long, overlap=said.overlap, supervised=said.supervised)
         return _tokenised(self.data.find(settings.data_set, part), self.model.path, text, self.log.name)
 
+    @property
+    def _attempt(self) -> int:
+        """Its number; 0 in the clear, where there are none."""
+        return self.plan.secure.attempt if self.plan.secure else 0
+
     # --- Chance -------------------------------------------------------------------------------------------------------
 
     @property
@@ -229,23 +262,14 @@ class LocalRound:
         passes = settings.train.passes_per_round
         return round_event(settings.privacy, settings.quantise, passes, settings.rounds, plan.parameters, terms)
 
-    def _require_budget(self) -> None:
-        if (spend := self._cost) is not None and (refusal := self._ledger.would_exceed(self._population, spend)):
-            raise refusal
-
-    def _spend(self) -> None:
-        if (spend := self._cost) is not None:
-            self._ledger.spend(self._population, spend)
-
     @property
     def _cost(self) -> Spend | None:
         plan, settings = self.plan, self.plan.settings
-        attempt = plan.secure.attempt if plan.secure else 0
         with asked_for():
             event = self.event
             if event is None:
                 return None
-            return Spend.of(event, settings.privacy.mode, plan.run, plan.round, attempt, settings.data_set)
+            return Spend.of(event, settings.privacy.mode, plan.run, plan.round, self._attempt, settings.data_set)
 
     @property
     def _population(self) -> Population:

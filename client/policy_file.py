@@ -16,6 +16,7 @@ from typing import Any
 
 from client import yaml_file
 from client.policy import Policy
+from client.units import PATIENT
 from common import policy_reasons as reasons
 from common.base_model import Fingerprint
 from common.config import PrivacyConfig, QuantiseConfig
@@ -167,14 +168,18 @@ class InstitutionPolicy:
         if not 1 <= rank <= self.largest_rank:
             raise Refusal(reasons.RANK_TOO_LARGE, f"rank {rank}, allowed: up to {self.largest_rank}")
 
-    def accept(self, asked: Asked, known: Collection[str], approved: bool) -> None:
+    def accept(
+        self, asked: Asked, known: Collection[str], approved: bool, without_persons: Collection[str] = ()
+    ) -> None:
         """Checks all that needs no state; reads nothing, and changes nothing.
 
-        known: names in this institution's data file. approved: whether a person said yes to this run.
+        known: names in this institution's data file. without_persons: those of them of which nobody knows whose a
+        record is. approved: whether a person said yes to this run.
 
         Raises Refusal, in this order: secure_aggregation_required, base_model_not_allowed, method_not_allowed,
         rank_too_large, passes_too_many, settings_differ, data_set_not_allowed, data_set_unknown, privacy_required,
-        not_approved. A name that the policy does not allow is told so whether or not there is such a data set.
+        persons_unknown, not_approved. A name that the policy does not allow is told so whether or not there is such a
+        data set.
         """
         if self.secure_aggregation.required and not asked.secure:
             raise Refusal(SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
@@ -194,6 +199,12 @@ class InstitutionPolicy:
         if asked.data_set not in known:
             raise Refusal(reasons.DATA_SET_UNKNOWN, f"data set {asked.data_set!r:.80} is allowed, but has no file here")
         self._accept_mode(asked.data_set, asked.mode)
+        if asked.mode == PATIENT and asked.data_set in without_persons:
+            raise Refusal(
+                reasons.PERSONS_UNKNOWN,
+                f"privacy mode {PATIENT} on {asked.data_set}, of which data.yaml names no column of persons: single"
+                " records would be protected, not persons; name it, or allow mode record in their place",
+            )
         if self.approval != AUTOMATIC and not approved:
             raise Refusal(reasons.NOT_APPROVED, "the run waits for this institution's approval")
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from common.secagg.participant import Participant, restore_in_simulation, snapsh
 from common.wire import plan_fields, read_plan
 
 Update = NDArray[np.uint32] | NDArray[np.float32] | NDArray[np.float64]
-"""A vector as it is, or an update without its noise."""
+"""What is kept for a repeat: a vector as it is, or an update without its noise."""
 
 Snapshot = tuple[str, Ring, Update]
 
@@ -33,8 +32,7 @@ Snapshot = tuple[str, Ring, Update]
 class _Session:
     """The attempt under way.
 
-    vector: this member's own, in the clear, which leaves only under masks. update: what it was drawn from; where there
-    is noise in shares, every attempt draws anew.
+    vector: this member's own, in the clear, which leaves only under masks. update: what is kept for a repeat.
     """
 
     plan: Plan
@@ -71,31 +69,24 @@ class SecureMember:
         """Raises Refusal(roster_differs) for the digest of another roster than the one this member agreed to."""
         self.policy.accept_roster(named, self.identity.name, self.identity.public)
 
-    def begin(
-        self,
-        plan: Plan,
-        parameters: int,
-        update: Callable[[], Update],
-        draw: Callable[[Update], Ring] = lambda vector: cast(Ring, vector),
-    ) -> Keys:
-        """Checks a plan, trains, and answers with this attempt's keys.
+    def begin(self, plan: Plan, parameters: int, compute: Callable[[Update | None], tuple[Update, Ring]]) -> Keys:
+        """Checks a plan, has its vector made, and answers with this attempt's keys.
 
-        update: trains; it is not called again for a repeat of an attempt at the same sum. draw: makes the vector of an
-        attempt from it, with fresh noise where members share it; without, `update` gives the vector itself.
-        parameters: the length of the update, from the adapter that came.
+        compute: makes what is kept for a repeat, and the vector of this attempt, which may be the same. It is given
+        what was kept in the attempt before where this one is a repeat at the same sum, and else None; what of it may
+        serve once more, it decides itself. parameters: the length of the update, from the adapter that came.
 
-        Raises what `Policy.accept` and `Marks.accept` raise; the attempt that was under way then stays.
+        Raises what `Policy.accept` and `Marks.accept` raise; the attempt that was under way then stays. After what
+        `compute` raises none is under way, and nothing is kept.
         """
         with self._lock:
             attempt = self.policy.accept(plan, self.identity.name, self.identity.public, parameters)
             Marks(self._marks(plan.run)).accept(plan)
             before = self._session
             self._end()
-            same = before is not None and _same_update(before.plan, plan)
-            found = before.update if before is not None and same else update()
-            vector = draw(found)
+            update, vector = compute(before.update if before is not None and _same_update(before.plan, plan) else None)
             participant = Participant(attempt, self.identity, self.policy.roster, self.simulated)
-            self._session = _Session(plan, participant, vector, found)
+            self._session = _Session(plan, participant, vector, update)
             return participant.keys()
 
     def answer(self, request: ToMember) -> FromMember:
@@ -128,7 +119,7 @@ class SecureMember:
     # --- Simulation -------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The attempt under way, its vector and what that was drawn from, for an engine that plays this member in
+        """The attempt under way, its vector and what is kept for a repeat, for an engine that plays this member in
         another process next.
 
         Empty when there is none; the last is, where it is the vector. Raises RuntimeError for a member that is not
@@ -154,6 +145,6 @@ class SecureMember:
 
 
 def _same_update(before: Plan, now: Plan) -> bool:
-    """Whether a plan asks for the very vector that another one asked for: a repeat of an attempt at the same sum."""
+    """Whether a plan asks for the very update that another one asked for: a repeat of an attempt at the same sum."""
     asked = [(p.run, p.round, p.adapter_digest, p.settings, p.parameters, p.layout) for p in (before, now)]
     return asked[0] == asked[1]

@@ -14,6 +14,7 @@ from typing import Any
 from common import methods
 from common.config import COORDINATOR, POOLED, ColumnsConfig, InstitutionConfig
 from common.fixed_point import RING_BITS, member_bits
+from common.formats import NOBODY
 from common.secagg.terms import smallest_cohort
 
 GENERATORS = ("hospitals", "banks")
@@ -241,6 +242,11 @@ def _have_files(institutions: Sequence[InstitutionConfig]) -> bool:
     return any(institution.path for institution in institutions)
 
 
+def _without_persons(institutions: Sequence[InstitutionConfig]) -> list[str]:
+    """Those of whose files nobody knows whose a record is."""
+    return [institution.name for institution in institutions if institution.path and institution.person == NOBODY]
+
+
 AGREEMENTS: tuple[Agreement, ...] = (
     Agreement(
         ("data.generator", "data.directory", "data.institutions", "data.coordinator.path"),
@@ -299,6 +305,15 @@ AGREEMENTS: tuple[Agreement, ...] = (
         lambda mode, epsilon, noise: (
             f"privacy.epsilon: found {epsilon:g}, with privacy.noise_multiplier = {noise:g} and privacy.mode = {mode};"
             " allowed: exactly one of the two above 0"
+        ),
+    ),
+    Agreement(
+        ("privacy.mode", "data.institutions"),
+        lambda mode, institutions: mode != "patient" or not _without_persons(institutions),
+        lambda mode, institutions: (
+            f"privacy.mode: found {mode}, and no column of persons at {', '.join(_without_persons(institutions))},"
+            " where it would protect single records; allowed: record, or the name of the column that says whose record"
+            " it is in `person`"
         ),
     ),
     Agreement(

@@ -10,6 +10,7 @@ DATA_SET_NOT_ALLOWED = "data_set_not_allowed"
 DATA_SET_UNKNOWN = "data_set_unknown"
 NOT_APPROVED = "not_approved"
 PRIVACY_REQUIRED = "privacy_required"
+PERSONS_UNKNOWN = "persons_unknown"
 BUDGET_EXHAUSTED = "budget_exhausted"
 PAUSED = "paused"
 LEFT = "left"
@@ -25,6 +26,7 @@ REASONS = frozenset(
         DATA_SET_UNKNOWN,
         NOT_APPROVED,
         PRIVACY_REQUIRED,
+        PERSONS_UNKNOWN,
         BUDGET_EXHAUSTED,
         PAUSED,
         LEFT,

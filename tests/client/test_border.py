@@ -503,6 +503,12 @@ def first_of(found: Iterable[str]) -> str:
     return next(name for name in found if name != ME)
 
 
+def of_nobody(border: Border) -> None:
+    """The institution begins anew, with records of which nobody knows whose they are."""
+    border.place.forget_persons()
+    border.member = border.place.institution()
+
+
 def by_policy(asked: type[Request]) -> list[Case]:
     """What the policy refuses of a run at Hello, and of every round of it."""
     return [
@@ -541,6 +547,13 @@ def by_policy(asked: type[Request]) -> list[Case]:
             asked,
             policy_reasons.PRIVACY_REQUIRED,
             {"populations": {f"{MARK}-people": Budget(("notes",), ("record",), 1.0, 1e-5)}},
+        ),
+        Case(
+            "patients' privacy on records of nobody",
+            asked,
+            policy_reasons.PERSONS_UNKNOWN,
+            prepare=of_nobody,
+            change=lambda b, r: settings_of(r, privacy=PrivacyConfig("patient", noise_multiplier=1.0)),
         ),
         Case("nobody approved it", asked, policy_reasons.NOT_APPROVED, {"approval": "manual"}),
         Case("a pause", asked, policy_reasons.PAUSED, damage=lambda b: b.place.control.pause()),
@@ -864,6 +877,12 @@ IN_TRAINING = [
         TrainRequest,
         STORAGE_FAILED,
         damage=lambda b: a_directory(b.place.home.runs / RUN / "metrics.jsonl"),
+    ),
+    Case(
+        "a run that began with other settings",
+        TrainRequest,
+        reasons.SETTINGS_DIFFER,
+        damage=lambda b: write(b.place.home.runs / RUN / "settings.json", b"{}"),
     ),
     Case(
         "its own chance in pieces",

@@ -311,6 +311,19 @@ def test_what_the_policy_does_not_allow_is_never_opened(here: Enrolled) -> None:
     assert "not opened" in asked.told
 
 
+def test_that_patients_cannot_be_protected_is_told_where_the_policy_allows_the_mode(here: Enrolled) -> None:
+    name = f"data {DATA_SET}"
+    assert lines(here)[name].verdict == OK
+    path = f"    path: {json.dumps(str(here.records))}\n"
+    edit(here.home.data, path, f'{path}    person: "-"\n')
+    found = lines(here)[name]
+    assert found.verdict == WARN
+    assert "names no column of persons" in found.told
+    budget = f"populations:\n  clinic: {{data_sets: [{DATA_SET}], modes: [record], epsilon: 1.0, delta: 1.0e-5}}\n"
+    edit(here.home.policy, "populations: {}\n", budget)
+    assert lines(here)[name].verdict == OK
+
+
 def test_all_allowed_ones_are_tried_or_the_one_that_is_named(here: Enrolled) -> None:
     second(here, allowed=True)
     assert set(verdicts(lines(here)).values()) == {OK}

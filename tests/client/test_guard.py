@@ -24,7 +24,7 @@ from common import fixed_point
 from common import policy_reasons as reasons
 from common.adapter import Adapter
 from common.base_model import Fingerprint
-from common.config import LoraConfig, QuantiseConfig
+from common.config import LoraConfig, PrivacyConfig, QuantiseConfig
 from common.errors import Refusal
 from common.messages import (
     ADAPTER_DIGEST_DIFFERS,
@@ -170,8 +170,25 @@ def test_what_the_policy_does_not_allow_is_refused_before_records_or_model_are_t
     assert written == expected
 
 
+@pytest.mark.parametrize("kind", [Hello, Plan])
+@pytest.mark.parametrize("approval", ["automatic", "manual"])
+def test_patients_are_not_protected_by_records_of_which_nobody_knows_whose_they_are(
+    approval: str, kind: type[Said], place: Make, start: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = place(approval=approval)
+    guarded.forget_persons()
+    records = Untouchable()
+    member = guarded.institution(data=records)
+    touched = forbid_models(monkeypatch)
+    message: Any = guarded.hello() if kind is Hello else guarded.plan(start)
+    message = settings_of(message, privacy=PrivacyConfig("patient", noise_multiplier=1.0))
+    assert asked(guarded, member, message, start) == Refused(reasons.PERSONS_UNKNOWN, ME)
+    assert (records.opened, touched, guarded.control.waiting()) == ([], [], {})
+
+
 def test_every_reason_of_a_policy_is_tried_here() -> None:
     elsewhere = {reasons.PAUSED, reasons.LEFT, reasons.ROUNDS_PER_DAY_EXCEEDED, reasons.BUDGET_EXHAUSTED}
+    elsewhere.add(reasons.PERSONS_UNKNOWN)
     assert {case.values[2] for case in REFUSED} | elsewhere >= reasons.REASONS
 
 

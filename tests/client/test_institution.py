@@ -379,16 +379,17 @@ def test_the_vector_holds_update_weight_and_sums_and_nothing_else(
 def test_weights_are_uniform_or_follow_the_records(institution: Make, config: Config, start: Adapter) -> None:
     member = institution(records=12)
 
-    def weight(**federation: Any) -> int:
-        plan = make_plan(replace(config, federation=replace(config.federation, **federation)), start)
+    def weight(weighting: str, unit: int = 1) -> int:
+        federation = replace(config.federation, weighting=weighting, weight_unit=unit)
+        plan = make_plan(replace(config, federation=federation), start, run=f"{weighting}-{unit}")
         answer = member.answer(TrainRequest(plan, start))
         assert isinstance(answer, Contribution)
         return summed(answer, plan).weight
 
-    assert weight(weighting="uniform") == 1
-    assert weight(weighting="records", weight_unit=1) == 12
-    assert weight(weighting="records", weight_unit=5) == 2
-    assert weight(weighting="records", weight_unit=100) == 1
+    assert weight("uniform") == 1
+    assert weight("records", 1) == 12
+    assert weight("records", 5) == 2
+    assert weight("records", 100) == 1
 
 
 def test_a_weight_has_an_upper_limit_and_whoever_reaches_it_is_told_at_home(
@@ -398,7 +399,8 @@ def test_a_weight_has_an_upper_limit_and_whoever_reaches_it_is_told_at_home(
 
     def weight(unit: int) -> int:
         caplog.clear()
-        plan = make_plan(replace(config, federation=replace(config.federation, weight_unit=unit)), start)
+        changed = replace(config, federation=replace(config.federation, weight_unit=unit))
+        plan = make_plan(changed, start, run=f"by-{unit}")
         return summed(member.answer(TrainRequest(plan, start)), plan).weight
 
     assert weight(2) == 15  # 2^weight_bits - 1

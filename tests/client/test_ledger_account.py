@@ -12,6 +12,8 @@ from client.ledger import Entry, Ledger, Spend
 from client.ledger_account import account, accounts, forecasts, round_event
 from client.policy_file import NONE, UNITS, Budget, InstitutionPolicy, Population
 from common.config import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
+from common.errors import Refusal
+from common.policy_reasons import BUDGET_EXHAUSTED
 from common.privacy.accounting import Epsilon, Event, epsilon
 from common.privacy.mechanism import round_event as planned_event
 from common.secagg.identity import Identity
@@ -139,9 +141,9 @@ def test_the_rounds_that_are_left_are_those_that_the_ledger_lets_pass(ledger: Le
     assert (scans.asked, scans.allowed, scans.rounds_left) == (False, True, None)
     private = Spend.of(event, "patient", "next", 1, 1, "letters")
     ledger.spend(CLINIC, replace(private, steps=10 * (clinic.rounds_left - 1)))
-    assert ledger.would_exceed(CLINIC, private) is None
     ledger.spend(CLINIC, private)
-    assert ledger.would_exceed(CLINIC, private) is not None
+    with pytest.raises(Refusal, match=BUDGET_EXHAUSTED):
+        ledger.spend(CLINIC, private)
 
 
 def test_what_the_policy_does_not_allow_has_no_rounds() -> None:

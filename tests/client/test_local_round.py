@@ -30,9 +30,10 @@ from client.units import Unit
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import Config, PrivacyConfig
+from common.errors import DataError, Refusal
 from common.examples import examples_of
 from common.fixed_point import Ring
-from common.messages import STORAGE_FAILED, Introduction, Plan, Refused, TrainRequest
+from common.messages import DATA_UNREADABLE, INTERNAL_ERROR, STORAGE_FAILED, Introduction, Plan, Refused, TrainRequest
 from common.methods import METHODS
 from common.models import LoraModel
 from common.policy_reasons import BUDGET_EXHAUSTED, PRIVACY_REQUIRED
@@ -40,6 +41,7 @@ from common.privacy.accounting import epsilon
 from common.privacy.noise import SeededNoise, SystemNoise
 from common.secagg.identity import Identity, Roster
 from common.secagg.messages import Keys
+from common.secagg.reasons import SETTINGS_DIFFER
 from tests.client.conftest import NAMES, make_config, make_plan, secured
 from tests.client.guarded import DATA_SET, Attempt, Guarded, Untouchable
 
@@ -142,6 +144,37 @@ def test_a_member_whose_update_cannot_be_used_adds_its_noise_all_the_same(
     assert np.mean(found.update**2) / variance == pytest.approx(1, abs=SIX_SIGMA * math.sqrt(2 / noise.parameters))
 
 
+# --- What a run holds to ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "secure"),
+    [*((mode, True) for mode in ("none", *MODES)), *((mode, False) for mode in ("none", "record", "patient"))],
+)
+def test_other_settings_under_the_name_of_a_run_are_refused_and_equal_ones_are_not(
+    mode: str,
+    secure: bool,
+    simulated: Callable[..., tuple[Institution, Config]],
+    start: Adapter,
+    lora_model: LoraModel,
+) -> None:
+    member, config = simulated(mode)
+    asked = simulated_plan(config, start, "one") if secure else make_plan(config, start, run="one")
+    part_of(member, asked).compute(start, lora_model)
+    paid = len(spends(member))
+    records = Untouchable()
+    for changed in ({"seed": 4}, {"rounds": 4}, {"privacy": replace(config.privacy, clip=0.06)}):
+        other = replace(asked, round=2, settings=replace(asked.settings, **changed))
+        with pytest.raises(Refusal, match="settings") as caught:
+            part_of(replace(member, data=records), other).compute(start, lora_model)
+        assert caught.value.reason == SETTINGS_DIFFER
+    assert records.opened == []
+    assert len(spends(member)) == paid
+    part_of(member, replace(asked, round=2)).compute(start, lora_model)
+    another = replace(asked, run="two", settings=replace(asked.settings, seed=4))
+    part_of(member, another).compute(start, lora_model)
+
+
 # --- What is spent ----------------------------------------------------------------------------------------------------
 
 
@@ -151,29 +184,56 @@ def test_without_its_ledger_an_institution_answers_nothing(
 ) -> None:
     place = deployed(mode)
     place.home.ledger.rename(place.home.ledger.with_name("elsewhere"))
-    member = place.institution(data=Untouchable())
+    records = Untouchable()
+    member = place.institution(data=records)
     assert member.answer(place.request(start)) == Refused(STORAGE_FAILED, member.name)
+    assert records.opened == []
 
 
-@pytest.mark.parametrize("mode", TRAINED)
-def test_what_was_trained_does_not_leave_when_its_cost_cannot_be_written_down(
+@dataclass
+class Unreadable:
+    """Records that cannot be read. ledger: of whom they are. known: what was in it by then."""
+
+    ledger: Ledger | None = None
+    known: int | None = None
+
+    def find(self, data_set: str, part: str) -> RecordSet:
+        assert self.ledger is not None
+        self.known = sum(isinstance(entry, Spent) for entry in self.ledger.entries())
+        raise DataError("the last record is in pieces")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_an_attempt_costs_is_written_down_before_a_record_is_read_and_spent_if_it_fails(
     mode: str, deployed: Callable[..., Guarded], start: Adapter
 ) -> None:
     place = deployed(mode)
-    aside = place.home.ledger.with_name("elsewhere")
+    records = Unreadable()
+    member = place.institution(data=records)
+    records.ledger = member.ledger
+    for number in (1, 2):
+        assert member.answer(place.request(start, attempt=number)) == Refused(DATA_UNREADABLE, member.name)
+        assert records.known == number
+    assert [entry.attempt for entry in spends(member)] == [1, 2]
+    assert {entry.event for entry in spends(member)} == {part_of(member, place.plan(start)).event}
 
-    def lose_the_ledger(trained: Trained, plan: Plan) -> Trained:
-        place.home.ledger.rename(aside)
-        return trained
 
-    member = place.institution(spoil=lose_the_ledger)
-    assert member.answer(place.request(start)) == Refused(STORAGE_FAILED, member.name)
+@pytest.mark.parametrize("mode", TRAINED)
+def test_training_that_fails_is_spent_and_another_attempt_spends_again(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+
+    def breaks(trained: Trained, plan: Plan) -> Trained:
+        raise RuntimeError("one record too many")
+
+    member = place.institution(spoil=breaks)
+    assert member.answer(place.request(start)) == Refused(INTERNAL_ERROR, member.name)
     assert member.secure is not None
     assert member.secure.run == ""  # no attempt is under way, so that nothing can be masked and sent
-    aside.rename(place.home.ledger)
     again = place.institution()
     assert isinstance(again.answer(place.request(start, attempt=2)), Keys)
-    assert [entry.attempt for entry in spends(again)] == [2]
+    assert [entry.attempt for entry in spends(again)] == [1, 2]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -220,6 +280,41 @@ def test_a_repeat_spends_again_exactly_where_it_draws_fresh_noise(
     assert {entry.event for entry in spends(member)} == {part_of(member, plans[0]).event}
 
 
+@pytest.mark.parametrize("mode", ["institution", "distributed"])
+def test_a_repeat_has_a_lot_of_its_own_where_lots_are_what_is_counted(
+    mode: str, deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    place = deployed(mode)
+    place.config = private(place.config, mode, noise_multiplier=0.05)
+    member = place.institution()
+    plans = [place.plan(start, attempt=number) for number in (1, 2)]
+    one, two = (
+        fixed_point.decode(Attempt(place, start, member.answer, plan).sum(), plan.layout, members=1).update
+        for plan in plans
+    )
+    noise = plans[0].shared_noise
+    assert noise is not None
+    apart = np.mean((one - two) ** 2) / (2 * (float(noise.scale) * noise.step) ** 2)  # 1: by nothing but the noise
+    if mode == "distributed":
+        assert apart > 2
+    else:
+        assert apart == pytest.approx(1, abs=SIX_SIGMA * math.sqrt(2 / noise.parameters))
+    assert [(entry.attempt, entry.event) for entry in spends(member)] == [
+        (n, part_of(member, plans[0]).event) for n in (1, 2)
+    ]
+
+
+def test_a_simulated_repeat_has_a_lot_of_its_own_too(
+    simulated: Callable[..., tuple[Institution, Config]], start: Adapter, lora_model: LoraModel
+) -> None:
+    member, config = simulated("distributed")
+    plan = simulated_plan(config, start, "repeats")
+    assert plan.secure is not None
+    repeat = replace(plan, secure=replace(plan.secure, attempt=2))
+    one, two = (part_of(member, asked)._summed_gradients(start, lora_model) for asked in (plan, repeat))
+    assert not np.array_equal(one, two)
+
+
 # --- Whose noise ------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +349,7 @@ def test_two_runs_from_one_adapter_differ_in_a_deployment_and_agree_in_a_simulat
     real = [part_of(place.institution(), place.plan(start, run=run)) for run in runs]
     played = [part_of(member, simulated_plan(config, start, run)) for run in runs]
     for parts, equal in ((real, False), (played, True)):
-        one, two = (part.draw(part.update(start, lora_model)) for part in parts)
+        one, two = (part.compute(start, lora_model)[1] for part in parts)
         assert np.array_equal(one, two) == equal
     assert isinstance(real[0]._noise("training"), SystemNoise)
     assert isinstance(played[0]._noise("training"), SeededNoise)
@@ -265,17 +360,21 @@ def test_two_runs_from_one_adapter_differ_in_a_deployment_and_agree_in_a_simulat
 def test_noised_steps_take_nothing_from_steps_without_noise(
     before: str, mode: str, simulated: Callable[..., tuple[Institution, Config]], start: Adapter, lora_model: LoraModel
 ) -> None:
-    """A coordinator that changes the mode within a run gets the moments of steps without noise in no update."""
+    """Whoever changes the mode within a run gets the moments of steps without noise in no update."""
 
     member, config = simulated(mode)
 
+    def computed(plan: Plan) -> Ring:
+        part = part_of(member, plan)
+        (part.directory / "settings.json").unlink(missing_ok=True)  # else another mode would be refused
+        return part.compute(start, lora_model)[1]
+
     def second_round() -> Ring:
-        part = part_of(member, replace(simulated_plan(config, start, "one"), round=2))
-        return part.draw(part.update(start, lora_model))
+        return computed(replace(simulated_plan(config, start, "one"), round=2))
 
     alone = second_round()
     plain = replace(config, privacy=replace(config.privacy, mode=before))
-    part_of(member, simulated_plan(plain, start, "one")).update(start, lora_model)
+    computed(simulated_plan(plain, start, "one"))
     assert np.array_equal(second_round(), alone)
     assert alone.any()
 
@@ -291,7 +390,7 @@ def test_in_a_deployment_no_seeded_source_is_ever_made(
     place = deployed(mode)
     part = part_of(place.institution(), place.plan(start))
     assert part.guard is not None
-    assert part.draw(part.update(start, lora_model)).any()
+    assert part.compute(start, lora_model)[1].any()
 
 
 def test_seeded_noise_is_named_in_one_place_and_an_institution_is_made_in_one() -> None:
@@ -313,13 +412,54 @@ def test_nothing_that_an_institution_is_made_from_can_bring_a_source_of_noise() 
     told = [str(parameter.annotation) for found in signatures for parameter in found.parameters.values()]
     assert not [annotation for annotation in told if "Noise" in annotation or annotation == "Any"]
     assert not [field.name for field in fields(PrivacyConfig) if "seed" in field.name or "source" in field.name]
-    calls = {
-        (path.name, node.func.id)
-        for path in Path(local_round.__file__).parent.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Noise")
-    }
-    assert calls == {("local_round.py", "SystemNoise"), ("local_round.py", "SeededNoise")}
+    packages = [Path(local_round.__file__).parents[1] / name for name in ("client", "common", "server")]
+    files = [file for package in packages for file in package.rglob("*.py")]
+    assert {"local_round.py", "noise.py", "distributed.py"} <= {file.name for file in files}
+    found = {(file.name, name) for file in files for name in sources_made_in(file.read_text(encoding="utf-8"))}
+    assert found == {("local_round.py", "SystemNoise"), ("local_round.py", "SeededNoise")}
+
+
+def sources_made_in(code: str) -> set[str]:
+    """The kinds of noise that a module makes, or names without making them, as `common.privacy.noise` calls them.
+
+    Under whatever name they were imported or assigned, and through whatever module; an import or a type alone is none.
+    """
+    kinds, tree = {"SystemNoise", "SeededNoise"}, ast.parse(code)
+    known = {kind: kind for kind in kinds}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            known |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in kinds}
+    types = {id(part) for node in ast.walk(tree) for said in types_of(node) for part in ast.walk(said)}
+    used = [node for node in ast.walk(tree) if id(node) not in types]
+    return (
+        {known[node.id] for node in used if isinstance(node, ast.Name) and node.id in known}
+        | {node.attr for node in used if isinstance(node, ast.Attribute) and node.attr in kinds}
+        | {node.value for node in used if isinstance(node, ast.Constant) and node.value in kinds}
+    )
+
+
+def types_of(node: ast.AST) -> list[ast.AST]:
+    """What of it is a type."""
+    found = [getattr(node, name, None) for name in ("annotation", "returns")]
+    return [said for said in found if isinstance(said, ast.AST)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from common.privacy.noise import SeededNoise\nnoise = SeededNoise(1)",
+        "from common.privacy.noise import SeededNoise as SystemNoise\nnoise = SystemNoise(1)",
+        "from common.privacy import noise\nfound = noise.SeededNoise(1)",
+        "import common.privacy.noise as other\nfound = other.SeededNoise(1)",
+        "import common.privacy.noise\nfound = common.privacy.noise.SeededNoise(1)",
+        "from common.privacy.noise import SeededNoise\nkind = SeededNoise\nfound = kind(1)",
+        "from common.privacy import noise\nfound = partial(noise.SeededNoise, 1)",
+        "from common.privacy import noise\nfound = getattr(noise, 'SeededNoise')(1)",
+    ],
+)
+def test_a_source_is_seen_by_whatever_name_it_is_made(code: str) -> None:
+    assert sources_made_in(code) == {"SeededNoise"}
+    assert sources_made_in("from common.privacy.noise import SeededNoise\ndef f(noise: SeededNoise): ...") == set()
 
 
 # --- Whose influence is bounded ---------------------------------------------------------------------------------------
@@ -377,14 +517,16 @@ def test_the_sum_is_that_of_clipped_updates_with_the_planned_noise(
         member, config = simulated(mode, name, noise_multiplier=0.1)
         plan = simulated_plan(config, start, "sums")
         part = part_of(member, plan)
-        update = part.update(start, lora_model)
+        update, vector = part.compute(start, lora_model)
+        if mode == "distributed":  # which keeps none
+            update = part._summed_gradients(start, lora_model)
         clipped = update.astype(np.float64)
         if mode == "institution":
             norm = float(np.linalg.norm(clipped))
             assert norm > config.privacy.clip
             clipped *= config.privacy.clip / norm
         expected = expected + clipped if len(expected) else clipped
-        vectors.append(part.draw(update))
+        vectors.append(vector)
     noise = plan.shared_noise
     assert noise is not None
     running = fixed_point.RunningSum(plan.layout)
@@ -409,7 +551,7 @@ def test_mode_distributed_takes_one_lot_a_round(
     units = [Unit(found) for found in examples_of(records, lora_model.tokenizer, config.train).by_record]
     keys = METHODS[config.federation.method].trained(start)
     whole = clipped_sum(lora_model, units, start, keys, config.train, config.privacy.clip, 1.0, SeededNoise(0))
-    assert np.allclose(part.update(start, lora_model), -whole, rtol=1e-4, atol=1e-7)
+    assert np.allclose(part._summed_gradients(start, lora_model), -whole, rtol=1e-4, atol=1e-7)
     event = part.event
     assert event is not None
     assert (event.steps, event.q) == (1, 1.0)
@@ -427,7 +569,7 @@ def test_the_noise_of_mode_record_follows_the_settings(
     member, config = simulated("record", noise_multiplier=sigma, clip=clip, sampling_rate=rate)
     config = replace(config, train=replace(config.train, passes_per_round=rate, optimizer_state="keep"))
     part = part_of(member, simulated_plan(config, start, "noisy"))
-    part.update(start, lora_model)
+    part.compute(start, lora_model)
     state = StateStore(part.directory / "noised-state").before(2)
     assert state.steps == 1
     gradient = np.concatenate([value.ravel() for value in state.first.values()]).astype(np.float64) / 0.1

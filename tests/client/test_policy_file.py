@@ -341,6 +341,17 @@ def test_a_data_set_in_no_population_is_trained_on_in_every_mode(mode: str) -> N
     policy.accept(replace(ASKED, mode=mode), ["notes"], approved=False)
 
 
+@pytest.mark.parametrize("mode", [NONE, *UNITS])
+def test_patients_are_protected_only_where_somebody_knows_whose_a_record_is(mode: str) -> None:
+    manual = replace(POLICY, data_sets=("notes", "letters"), approval="manual")
+    for without, data_set in ((["notes"], "notes"), (["letters"], "notes"), (["notes", "letters"], "letters")):
+        asked = replace(ASKED, mode=mode, data_set=data_set)
+        with pytest.raises(Refusal) as caught:
+            manual.accept(asked, ["notes", "letters"], approved=False, without_persons=without)
+        expected = reasons.PERSONS_UNKNOWN if mode == "patient" and data_set in without else reasons.NOT_APPROVED
+        assert caught.value.reason == expected
+
+
 # --- What a plan may ask
 
 
@@ -400,7 +411,7 @@ def test_names_that_are_not_allowed_cannot_be_told_from_names_that_do_not_exist(
 def test_the_reasons_are_words_and_all_are_used() -> None:
     # What people said, how often, and at which price: see test_guard, the book below and test_ledger.
     used = {case[3] for case in REFUSED} | {reasons.ROUNDS_PER_DAY_EXCEEDED, reasons.PAUSED, reasons.LEFT}
-    used.add(reasons.BUDGET_EXHAUSTED)
+    used |= {reasons.BUDGET_EXHAUSTED, reasons.PERSONS_UNKNOWN}
     assert used >= reasons.REASONS
     assert all(re.fullmatch(r"[a-z_]+", reason) for reason in reasons.REASONS)
 

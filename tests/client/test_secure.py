@@ -25,7 +25,7 @@ from client import marks as marks_module
 from client.app import build_client_app
 from client.institution import Institution
 from client.policy import Policy
-from client.secure import SecureMember
+from client.secure import SecureMember, Update
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import QuantiseConfig
@@ -46,6 +46,7 @@ from common.messages import (
     SecurePlan,
     TrainRequest,
 )
+from common.policy_reasons import BUDGET_EXHAUSTED
 from common.secagg import reasons, shamir
 from common.secagg.aggregator import Aggregator
 from common.secagg.attempt import key_list_digest
@@ -77,6 +78,7 @@ from tests.federations import (
     adapter_of,
     federation_config,
     fitting,
+    kept,
     told,
     with_secure,
     with_terms,
@@ -361,7 +363,7 @@ def test_two_plans_at_once_from_two_threads_are_one_attempt(
 
     def begin() -> Keys | str:
         try:
-            return member.begin(plan, PARAMETERS, lambda: federation.train(A, plan))
+            return member.begin(plan, PARAMETERS, lambda former: kept(former, lambda: federation.train(A, plan)))
         except Refusal as refusal:
             return refusal.reason
 
@@ -1500,7 +1502,7 @@ def test_in_deployment_no_attempt_can_be_taken_out_of_a_member_or_put_into_one(f
 
 
 class Noisy:
-    """What an institution gives a member where noise is in shares. trained, drawn: how often it was asked."""
+    """What an institution computes where noise is in shares. trained, drawn: how often."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -1508,15 +1510,14 @@ class Noisy:
         self.trained = 0
         self.drawn: list[np.ndarray] = []
 
-    def train(self) -> np.ndarray:
-        self.trained += 1
-        return self.update
-
-    def draw(self, update: np.ndarray) -> np.ndarray:
-        assert np.array_equal(update, self.update)
-        levels = update.astype(np.int64) + len(self.drawn) + 1
+    def compute(self, former: Update | None) -> tuple[Update, np.ndarray]:
+        if former is None:
+            self.trained += 1
+        else:
+            assert np.array_equal(former, self.update)
+        levels = self.update.astype(np.int64) + len(self.drawn) + 1
         self.drawn.append(fixed_point.encode_levels(levels, self.plan.layout))
-        return self.drawn[-1]
+        return self.update, self.drawn[-1]
 
 
 def playing(federation: Federation) -> SecureMember:
@@ -1529,34 +1530,36 @@ def playing(federation: Federation) -> SecureMember:
 def test_a_repeat_draws_anew_over_the_same_update_and_another_round_trains(federation: Federation) -> None:
     member, noisy = federation.member(A), Noisy(federation.plan())
     for number in (1, 2, 3):
-        member.begin(federation.plan(number), PARAMETERS, noisy.train, noisy.draw)
+        member.begin(federation.plan(number), PARAMETERS, noisy.compute)
         assert (noisy.trained, len(noisy.drawn)) == (1, number)
     assert len({vector.tobytes() for vector in noisy.drawn}) == 3
-    member.begin(federation.plan(4, round=2), PARAMETERS, noisy.train, noisy.draw)
+    member.begin(federation.plan(4, round=2), PARAMETERS, noisy.compute)
     assert (noisy.trained, len(noisy.drawn)) == (2, 4)
 
 
-def test_a_draw_that_fails_leaves_no_attempt_under_way(federation: Federation) -> None:
+def test_what_cannot_be_computed_leaves_no_attempt_under_way_and_nothing_for_a_repeat(federation: Federation) -> None:
     member, noisy = federation.member(A), Noisy(federation.plan())
 
-    def fails(_: np.ndarray) -> np.ndarray:
-        raise Refusal(reasons.SETTINGS_DIFFER, "nothing may be spent")
+    def fails(_: Update | None) -> tuple[Update, np.ndarray]:
+        raise Refusal(BUDGET_EXHAUSTED, "nothing may be spent")
 
-    member.begin(federation.plan(1), PARAMETERS, noisy.train, noisy.draw)
+    member.begin(federation.plan(1), PARAMETERS, noisy.compute)
     with pytest.raises(Refusal, match="nothing may be spent"):
-        member.begin(federation.plan(2), PARAMETERS, noisy.train, fails)
+        member.begin(federation.plan(2), PARAMETERS, fails)
     assert member.run == ""
+    member.begin(federation.plan(3), PARAMETERS, noisy.compute)
+    assert noisy.trained == 2
 
 
 def test_a_member_that_goes_on_in_another_process_draws_anew_over_its_own_update(federation: Federation) -> None:
     first, noisy = playing(federation), Noisy(federation.plan())
-    first.begin(federation.plan(1), PARAMETERS, noisy.train, noisy.draw)
+    first.begin(federation.plan(1), PARAMETERS, noisy.compute)
     text, vector, update = first.snapshot()
     assert vector.tobytes() == noisy.drawn[0].tobytes()
     assert np.array_equal(update, noisy.update)
     again = playing(federation)
     again.restore((text, vector, update))
-    again.begin(federation.plan(2), PARAMETERS, noisy.train, noisy.draw)
+    again.begin(federation.plan(2), PARAMETERS, noisy.compute)
     assert noisy.trained == 1
     assert again.snapshot()[1].tobytes() == noisy.drawn[1].tobytes() != vector.tobytes()
 

@@ -306,6 +306,18 @@ def test_counts_and_institutions_must_agree() -> None:
     assert "1 counts for 3 institutions" in line
 
 
+def test_patients_are_protected_only_where_files_say_whose_a_record_is() -> None:
+    files = "data: {generator: '', institutions: [%s, {name: b, path: b.csv}, {name: c, path: c.csv}]}"
+    private = ["privacy.mode=patient", "privacy.epsilon=8"]
+    text = files % "{name: a, path: a.csv, person: '-'}"
+    (line,) = mistakes(text, *private)
+    assert line.startswith("privacy.mode: found patient, and no column of persons at a,")
+    assert "allowed: record" in line
+    for mode, told in (("patient", files % "{name: a, path: a.csv}"), ("record", text)):
+        assert parse(told, "test.yaml", [f"privacy.mode={mode}", private[1]]).privacy.mode == mode
+    assert parse(SMALLEST, "test.yaml", private).privacy.mode == "patient"
+
+
 def test_records_must_come_from_somewhere() -> None:
     (line,) = mistakes(SMALLEST, "data.generator=")
     assert line.startswith("data.generator:")

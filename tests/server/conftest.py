@@ -38,6 +38,7 @@ from server.collect import OnHeard
 from server.coordinator import collector
 from server.rounds import Progress, begin, run_rounds
 from tests.client.conftest import base_model, institution
+from tests.federations import kept
 
 __all__ = ["base_model", "institution"]
 
@@ -170,7 +171,9 @@ class SecureMembers:
         adapter = request.adapter
         trained = METHODS[request.plan.settings.method].trained(adapter)
         parameters = len(flatten(adapter.factors, trained))
-        return self.members[name].begin(request.plan, parameters, lambda: self.update(name, request))
+        return self.members[name].begin(
+            request.plan, parameters, lambda former: kept(former, lambda: self.update(name, request))
+        )
 
 
 def distance_to_one(adapter: Adapter) -> Scores:

@@ -138,7 +138,7 @@ class Guarded:
             approval=approval,
         )
         book = RoundBook(home.control / "rounds-of-the-day.json")
-        guard = Guard(policy, (config.data.name,), book, self.control(name), trusts.public)
+        guard = Guard(policy, (config.data.name,), (), book, self.control(name), trusts.public)
         return Institution(
             name=name,
             data=RecordFolder(self.records / name),
