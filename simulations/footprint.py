@@ -140,7 +140,7 @@ def _adapted(base: Any, config: Config, directory: Path) -> Any:
     try:
         return get_peft_model(base, peft_config(config.lora, str(directory)))
     except ValueError as error:
-        raise ModelError(f"lora.target_modules: {error}") from error
+        raise ConfigError(f"lora.target_modules: {error}") from error
 
 
 def bytes_per_round(config: Config, form: Form) -> dict[str, int]:

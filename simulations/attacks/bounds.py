@@ -81,9 +81,15 @@ def one_run(scores: Scores, inside: NDArray[np.bool_], delta: float) -> OneRun:
 
 def clopper_pearson(hits: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The exact interval of a probability (Clopper & Pearson 1934), each of its ends at half of what is left open."""
+    low, high = _intervals(np.array([hits]), trials, confidence)
+    return float(low[0]), float(high[0])
+
+
+def _intervals(hits: NDArray[np.int64], trials: int, confidence: float) -> tuple[Scores, Scores]:
+    """Both ends for each number of hits."""
     tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, hits, trials - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0
+    low = np.where(hits > 0, beta.ppf(tail, np.maximum(hits, 1), trials - hits + 1), 0.0)
+    high = np.where(hits < trials, beta.ppf(1 - tail, hits + 1, np.maximum(trials - hits, 1)), 1.0)
     return low, high
 
 
@@ -114,15 +120,17 @@ def rates(inside: Scores, outside: Scores, confidence: float = CONFIDENCE) -> Ra
     if min(len(inside), len(outside)) < 4:
         raise ConfigError(f"expected at least 4 scores of each kind, found {len(inside)} and {len(outside)}")
 
-    def at(threshold: float, start: int) -> Rates:
-        kinds = (inside[start::2], outside[start::2])
+    def at(thresholds: Scores, start: int) -> list[Rates]:
+        kinds = (np.sort(inside[start::2]), np.sort(outside[start::2]))
         (low, _), (_, high) = (
-            clopper_pearson(int((scores > threshold).sum()), len(scores), confidence) for scores in kinds
+            _intervals(len(scores) - np.searchsorted(scores, thresholds, "right"), len(scores), confidence)
+            for scores in kinds
         )
-        return Rates(low, high)
+        return [Rates(float(hits), float(false)) for hits, false in zip(low, high, strict=True)]
 
     places = np.unique(np.concatenate([inside[::2], outside[::2]]))
-    return at(max(places, key=lambda place: at(place, 0).mu), 1)
+    best = int(np.argmax([found.mu for found in at(places, 0)]))
+    return at(places[best : best + 1], 1)[0]
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

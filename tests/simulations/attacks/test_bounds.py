@@ -96,7 +96,7 @@ def test_two_gaussians_are_told_apart_by_no_more_than_they_are(mu: float) -> Non
         rng = np.random.default_rng(seed)
         bounds.append(rates(rng.normal(mu, 1, 2000), rng.normal(0, 1, 2000)).mu)
     assert sum(bound > mu for bound in bounds) <= 4  # two ends of 2.5 % each, both would have to be off
-    assert np.median(bounds) > mu - 0.25
+    assert np.median(bounds) > mu - 0.35
 
 
 def test_the_threshold_is_proved_on_scores_that_did_not_choose_it() -> None:
