@@ -56,12 +56,12 @@ def draw(results: Sequence[Result], file: Path) -> None:
 
 
 def _curves(results: Sequence[Result]) -> list[tuple[str, str, str, list[Result]]]:
-    """Label, colour, dashes and results of each curve; each ends at the run without privacy."""
+    """Label, colour, dashes and results of each curve; each ends at the better method without privacy."""
     found = []
     for mode in MODES:
         for method in METHODS:
             mine = [r for r in results if r.point.mode == mode and r.point.method == method and _together(r)]
-            without = [r for r in results if r.point.epsilon == WITHOUT and r.point.method == method and _together(r)]
+            without = [r for r in results if r.point.epsilon == WITHOUT and _together(r)]
             if mine:
                 found.append((f"{mode}, {method}", _COLOURS[mode], _DASHES[method], mine + without))
     for mode in MODES:
