@@ -140,6 +140,20 @@ def test_a_point_that_was_interrupted_goes_on_from_its_last_round(tmp_path: Path
     assert (place / "metrics.jsonl").read_text() == rounds
 
 
+def test_the_benchmark_times_steps_runs_its_points_and_keeps_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(privacy, "STEPS", ("tiny",))
+    points = (PRIVATE, replace(PRIVATE, epsilon=1.0))
+    found = privacy.bench(points, tmp_path, Console(quiet=True), QUICK)
+    assert json.loads((tmp_path / "privacy.json").read_text()) == found
+    assert [place["epsilon"] for place in found["points"]] == [8.0, 1.0]
+    assert found["step_vs_nonprivate"] == pytest.approx(found["steps"][0]["step_vs_nonprivate"], abs=1e-3)
+    assert found["speedup_vs_opacus_padded"] > 0
+    assert found["progress_share_eps8_patient"] is None  # nothing was run without privacy
+    assert (tmp_path / "privacy.png").exists()
+
+
 @given(
     st.builds(
         Point,
