@@ -15,7 +15,7 @@ from rich.table import Table
 
 from common.files import write_json
 from simulations.benchmarks.arms import SHAPES
-from simulations.benchmarks.privacy_grid import FEDERATED, WITHOUT, Point, Result, run_points
+from simulations.benchmarks.privacy_grid import FEDERATED, RESULTS, WITHOUT, Point, Result, run_points
 from simulations.benchmarks.privacy_plot import draw
 from simulations.benchmarks.privacy_step import step_costs
 
@@ -29,7 +29,7 @@ def bench(points: Sequence[Point], root: Path, console: Console, overrides: Sequ
     """Times private steps, runs the points in `root`, or goes on with them, and returns what `--json` prints.
 
     Writes privacy.json, and privacy.png where there is more than one epsilon to draw, into `root` whenever a point is
-    done, so that a grid that was interrupted shows what it has.
+    done, so that a grid that was interrupted shows what it has. Figures are of all that `root` holds.
     """
     steps = [_steps(name, console) for name in STEPS]
 
@@ -37,7 +37,7 @@ def bench(points: Sequence[Point], root: Path, console: Console, overrides: Sequ
         return {**figures(results), **_ratios(steps[0]), "steps": steps, "points": [r.as_dict() for r in results]}
 
     def write(results: Sequence[Result]) -> None:
-        write_json(root / "privacy.json", found(results))
+        write_json(root / RESULTS, found(results))
         if len({result.point.epsilon for result in results if result.point.epsilon != WITHOUT}) > 1:
             draw(results, root / "privacy.png")
 

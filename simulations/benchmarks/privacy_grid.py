@@ -2,8 +2,8 @@
 
 A point is one training run: so many patients at each of four hospitals, a seed, a mode, a method, an epsilon, and who
 trains: the federation, or one hospital alone. Points run the simulation's own code without its engine, as many at a
-time as the configuration has actors. One that is done is kept, and one that was interrupted goes on from its last
-complete round. With equal patients all points have equal passes over each record.
+time as the configuration has actors. One that is done is kept, in the directory's privacy.json, and one that was
+interrupted goes on from its last complete round. With equal patients all points have equal passes over each record.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,6 +36,7 @@ from simulations.layout import RunDirectory
 from simulations.processes import process_pool
 
 CONFIG = "hospitals-private"
+RESULTS = "privacy.json"
 FEDERATED = "federated"
 WITHOUT = math.inf
 """The epsilon of a run without privacy."""
@@ -306,30 +307,57 @@ def run_points(
 ) -> list[Result]:
     """Runs all points, as many at a time as the configuration has actors, in the order given.
 
-    on_results: called with all that is done whenever a point ends.
+    Returns the results of everything that `root` holds: what its privacy.json has is not run again, and is returned
+    whether asked for or not.
+    on_results: called with all that is done at the beginning, and whenever a point ends.
 
-    Raises ConfigError where `root` has points with other overrides, and RunStopped when a process dies: what is done is
-    kept.
+    Raises ConfigError where `root` has points with other overrides or a privacy.json that is none, and RunStopped when
+    a process dies: what is done is kept.
     """
     _require_same(root, overrides)
+    results = {result.point: result for result in kept(root)}
+    todo = [point for point in points if point not in results]
+    on_results(_sorted(results.values()))
     with storage_errors(root):
-        for patients, seed in dict.fromkeys((point.patients, point.seed) for point in points):
+        for patients, seed in dict.fromkeys((point.patients, point.seed) for point in todo):
             records_of(root, patients, seed, overrides)
-    results: dict[Point, Result] = {}
     bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     with bar, process_pool(config_files.load(CONFIG).simulation.actors) as pool:
-        task = bar.add_task("training", total=len(points))
-        futures: list[Future[Result]] = [pool.submit(run_point, point, root, tuple(overrides)) for point in points]
+        task = bar.add_task("training", total=len(points), completed=len(points) - len(todo))
+        futures: list[Future[Result]] = [pool.submit(run_point, point, root, tuple(overrides)) for point in todo]
         try:
             for future in as_completed(futures):
                 result = future.result()
                 results[result.point] = result
                 bar.update(task, advance=1)
-                on_results([results[point] for point in points if point in results])
+                on_results(_sorted(results.values()))
                 console.print(f"{result.point.name}: {result.perplexity:.3f}, {result.seconds:.0f} s", highlight=False)
         except BrokenProcessPool as error:
             raise RunStopped(f"a process of the benchmark died; call it again with --out {root} to go on") from error
-    return [results[point] for point in points]
+    return _sorted(results.values())
+
+
+def kept(root: Path) -> list[Result]:
+    """The results that `root`/privacy.json has; none where there is no such file. Raises ConfigError for another's."""
+    file = root / RESULTS
+    if not file.exists():
+        return []
+    try:
+        return [Result.from_dict(said) for said in json.loads(file.read_text(encoding="utf-8"))["points"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file}: expected what `bench privacy` writes, found something else; move it away, or choose another --out"
+        ) from error
+
+
+def _sorted(results: Iterable[Result]) -> list[Result]:
+    """In one order, whenever each was run."""
+
+    def place(result: Result) -> tuple[Any, ...]:
+        point = result.point
+        return -point.patients, point.seed, point.mode, point.method, -point.epsilon, point.arm
+
+    return sorted(results, key=place)
 
 
 def _require_same(root: Path, overrides: Sequence[str]) -> None:

@@ -111,19 +111,43 @@ def test_every_hospital_has_exactly_so_many_patients(tmp_path: Path) -> None:
 def test_points_are_trained_once_and_gone_on_with(tmp_path: Path) -> None:
     points = (PRIVATE, replace(PRIVATE, arm="summit"), Point(8, 1, "none", "fedavg", WITHOUT))
     console = Console(quiet=True)
-    first = privacy_grid.run_points(points, tmp_path, console, QUICK)
-    assert [result.point for result in first] == list(points)
-    for result in first:
+    first = {result.point: result for result in privacy_grid.run_points(points, tmp_path, console, QUICK)}
+    assert list(first) == [points[2], points[0], points[1]]  # in the order of their names
+    for result in first.values():
         assert result.stopped == ""
         assert math.isfinite(result.perplexity)
         assert set(result.own) == (set(HOSPITALS) if result.point.arm == FEDERATED else {"summit"})
-    assert first[2].perplexity < first[0].perplexity  # of eight patients there is no learning at epsilon 8
+    assert first[points[2]].perplexity < first[PRIVATE].perplexity  # eight patients teach little
     kept = tmp_path / "points" / PRIVATE.name / "result.json"
     said = json.loads(kept.read_text())
     kept.write_text(json.dumps({**said, "seconds": 12345.0}))
     assert privacy_grid.run_point(PRIVATE, tmp_path, QUICK).seconds == 12345.0
     with pytest.raises(ConfigError, match="name the same, or choose another --out"):
         privacy_grid.run_points(points, tmp_path, console, ())
+
+
+def test_what_a_results_file_has_is_not_run_again(tmp_path: Path) -> None:
+    """A grid goes on from its privacy.json alone, on another machine, say; what was not asked for stays in it."""
+    held = [made(2.0), made(1.5, replace(PRIVATE, epsilon=4.0))]
+    (tmp_path / "privacy.json").write_text(json.dumps({"points": [result.as_dict() for result in held]}))
+    seen: list[list[Point]] = []
+    asked = (PRIVATE, replace(PRIVATE, arm="summit"))
+    console = Console(quiet=True)
+    found = privacy_grid.run_points(
+        asked, tmp_path, console, QUICK, lambda results: seen.append([result.point for result in results])
+    )
+    assert [result for result in found if result.point != asked[1]] == held
+    assert seen == [[result.point for result in held], [result.point for result in found]]
+    assert [place.name for place in (tmp_path / "points").iterdir()] == [asked[1].name]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"points": [{}]}', '{"points": [{"epsilon": 8.0, "arm": "x"}]}'])
+def test_a_results_file_of_something_else_is_named_and_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "privacy.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"privacy\.json: expected what `bench privacy` writes"):
+        privacy_grid.run_points((PRIVATE,), tmp_path, Console(quiet=True), QUICK)
+    assert (tmp_path / "privacy.json").read_text() == text
+    assert not (tmp_path / "records").exists()
 
 
 def test_a_point_that_was_interrupted_goes_on_from_its_last_round(tmp_path: Path) -> None:
