@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -48,12 +48,14 @@ class Layout:
     source: int64 [t], places of real tokens, in order of units; None where all tokens stand so already.
     target: int64 [t], their places in the chunks. owner: int64 [c], which unit each chunk is of.
     shape: rows and tokens a row of what goes through the layer.
+    scratch: chunks as they were last filled, for a layer of the same width: what is to be zero in them is so already.
     """
 
     source: torch.Tensor | None
     target: torch.Tensor
     owner: torch.Tensor
     shape: tuple[int, int]
+    scratch: dict[tuple[str, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], owners: Sequence[int], packed: bool, device: torch.device) -> Layout:
@@ -79,11 +81,16 @@ class Layout:
             shape=(1, tokens) if packed else (len(sizes), most),
         )
 
-    def chunks(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What goes through a layer, [rows x tokens, d], as chunks [c, _CHUNK, d] filled up with zeros."""
+    def chunks(self, side: str, tokens: torch.Tensor) -> torch.Tensor:
+        """What goes through a layer, [rows x tokens, d], as chunks [c, _CHUNK, d] filled up with zeros.
+
+        They hold until the next call with the same `side`, of the two sides of a product.
+        """
         found = tokens if self.source is None else tokens[self.source]
-        filled = found.new_zeros(len(self.owner) * _CHUNK, found.shape[1])
-        return filled.index_copy_(0, self.target, found).view(len(self.owner), _CHUNK, found.shape[1])
+        place = (side, found.shape[1], found.dtype)
+        if place not in self.scratch:
+            self.scratch[place] = found.new_zeros(len(self.owner) * _CHUNK, found.shape[1])
+        return self.scratch[place].index_copy_(0, self.target, found).view(len(self.owner), _CHUNK, found.shape[1])
 
 
 class _UnitLinear(torch.autograd.Function):
@@ -103,8 +110,8 @@ class _UnitLinear(torch.autograd.Function):
         (output,) = outputs
         inputs, weight = ctx.saved_tensors
         layout: Layout = ctx.layout
-        left = layout.chunks(output.flatten(0, -2))  # [c, _CHUNK, d_out]
-        right = layout.chunks(inputs.flatten(0, -2))  # [c, _CHUNK, d_in]
+        left = layout.chunks("left", output.flatten(0, -2))  # [c, _CHUNK, d_out]
+        right = layout.chunks("right", inputs.flatten(0, -2))  # [c, _CHUNK, d_in]
         products = torch.bmm(left.transpose(1, 2), right)  # [c, d_out, d_in]
         ctx.gradients.index_add_(0, layout.owner, products.to(ctx.gradients.dtype))
         return (output @ weight if ctx.needs_input_grad[0] else None), None, None, None

@@ -318,7 +318,10 @@ def test_every_token_stands_in_one_chunk_of_its_own_unit(units: list[list[int]],
         tokens[first : first + length, 0] = owner + 1.0
         tokens[first : first + length, 1] = torch.arange(numbered, numbered + length)
         numbered, begin = numbered + length, begin + length
-    chunks = layout.chunks(tokens)
+    layout.chunks("left", torch.full_like(tokens, 7.0))  # what another layer of this width left there
+    chunks = layout.chunks("left", tokens)
+    layout.chunks("right", torch.full_like(tokens, 7.0))
+    layout.chunks("left", torch.full_like(tokens[:, :1], 7.0))
     for owner, chunk in zip(layout.owner, chunks, strict=True):
         real = chunk[chunk[:, 1] > 0]
         assert len(real)
