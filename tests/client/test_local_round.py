@@ -315,6 +315,21 @@ def test_a_simulated_repeat_has_a_lot_of_its_own_too(
     assert not np.array_equal(one, two)
 
 
+@pytest.mark.parametrize("mode", ["institution", "distributed"])
+def test_a_simulated_repeat_has_noise_of_its_own_too(
+    mode: str, simulated: Callable[..., tuple[Institution, Config]], start: Adapter
+) -> None:
+    """The difference of two sums over one update would be free of noise."""
+    member, config = simulated(mode)
+    plan = simulated_plan(config, start, "repeats")
+    assert plan.secure is not None
+    repeat = replace(plan, secure=replace(plan.secure, attempt=2))
+    update = np.zeros(plan.parameters)
+    one, again, two = (part_of(member, asked)._noised(update) for asked in (plan, plan, repeat))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, two)
+
+
 # --- Whose noise ------------------------------------------------------------------------------------------------------
 
 
