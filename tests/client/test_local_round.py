@@ -330,6 +330,18 @@ def test_a_simulated_repeat_has_noise_of_its_own_too(
     assert not np.array_equal(one, two)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_how_many_records_there_are_is_not_told_even_where_settings_ask_for_it(
+    mode: str, simulated: Callable[..., tuple[Institution, Config]], start: Adapter
+) -> None:
+    member, config = simulated(mode)
+    plan = simulated_plan(config, start, "weights")
+    asked = replace(plan, settings=replace(plan.settings, weighting="records"))
+    without = replace(asked, settings=replace(asked.settings, privacy=PrivacyConfig()))
+    assert part_of(member, without)._weight(1000) > 1
+    assert part_of(member, asked)._weight(1000) == 1
+
+
 # --- Whose noise ------------------------------------------------------------------------------------------------------
 
 
