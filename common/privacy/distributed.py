@@ -53,6 +53,7 @@ Mode = Literal["institution", "distributed"]
 
 RING_BITS = 32
 _BETA_LOG = 0.5  # -log(beta): at most one rounding in 1 / (1 - exp(-1/2)) = 2.5 is kept, as Kairouz et al. choose
+_ROUNDINGS = 1000  # so many fail with a probability of exp(-500)
 _PRECISION = 13  # bits of a scale; what is lost by rounding up to them is below 2^-12
 _LEAST_SCALE = Fraction(1, 2)  # below it the bound on sums of discrete Gaussians is not proved
 _WRAP_LOG = 40 * math.log(2)  # -log of the probability that any element of any sum of a run leaves the ring
@@ -212,10 +213,11 @@ def rounded(vector: NDArray[np.floating], noise: SharedNoise, source: NoiseSourc
     if noise.mode == "institution" and norm > longest:
         scaled *= longest / norm
     np.clip(scaled, -noise.levels, noise.levels, out=scaled)
-    while True:
+    for _ in range(_ROUNDINGS):
         found = _rounded(scaled, source)
         if noise.mode == "distributed" or _square(found) <= noise.bound:
             return found
+    raise RuntimeError("no rounding of an update is within its bound, although two in five should be")
 
 
 def _rounded(scaled: NDArray[np.float64], source: NoiseSource) -> Integers:

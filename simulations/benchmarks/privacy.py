@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -122,8 +123,9 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 def table(results: Sequence[Result]) -> Table:
     """One line for each setting: medians over the seeds that were run, and how many these were."""
-    found = Table(title="on everybody's test; alone: the best hospital")
-    for column in ("patients", "mode", "method", "epsilon", "perplexity", "accuracy", "own tests", "seeds"):
+    title = "perplexity and exact answers on everybody's test; own: perplexity at home; alone: the best hospital"
+    found = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("patients", "mode", "method", "epsilon", "perplexity", "exact", "own", "seeds"):
         found.add_column(column, justify="left" if column in ("mode", "method") else "right")
     for row in rows(results):
         found.add_row(*row)
