@@ -15,6 +15,7 @@ FILES = sorted(configs_dir().rglob("*.y*ml"))
 def test_the_files_are_found() -> None:
     assert [file.relative_to(configs_dir()).as_posix() for file in FILES] == [
         "banks.yaml",
+        "clinics.yaml",
         "deployment.yaml",
         "hospitals-private.yaml",
         "hospitals.yaml",
@@ -31,7 +32,7 @@ def test_it_loads_and_is_named_as_its_file(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dropouts"),
-    [("banks", 1), ("deployment", 0), ("hospitals", 1), ("hospitals-private", 1), ("smoke", 0)],
+    [("banks", 1), ("clinics", 32), ("deployment", 0), ("hospitals", 1), ("hospitals-private", 1), ("smoke", 0)],
 )
 def test_it_hides_updates_and_says_so(name: str, dropouts: int) -> None:
     terms = terms_of(load(name))
