@@ -246,6 +246,8 @@ def test_without_accuracy_nothing_speaks_of_it() -> None:
 def test_without_comparison_the_base_is_the_reference() -> None:
     page = render(uncompared(), ROUNDS, CONFIG)
     assert 'Gap closed</dt><dd class="figure">' not in page
+    assert "comparison included" in render(summary({"a": GAIN}), ROUNDS, CONFIG)
+    assert "comparison included" not in page
     assert "gained" not in Page(page).text
     assert 'data-label="perplexity base">30.00<' in page
     assert ["riverside", "30.00", "→", "4.00"] in [
