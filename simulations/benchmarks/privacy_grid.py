@@ -19,16 +19,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common import config_files
 from common.config import COORDINATOR, Config
 from common.errors import ConfigError, RunStopped
+from common.evaluation import Scores
 from common.files import storage_errors, write_json
+from common.models import load_adapter
 from common.privacy.mechanism import steps_per_round
 from common.records import Record
 from server.coordinator import Bench
+from server.rounds import Progress
 from simulations import compare, prepare
 from simulations.federate import federate
 from simulations.generate.federation import Federation
@@ -44,9 +47,6 @@ WITHOUT = math.inf
 EPSILONS = (8.0, 1.0, 4.0, 2.0)
 MODES = ("patient", "record", "distributed", "institution")
 METHODS = ("ffa", "fedavg")
-
-SHAPES_OF_STEPS = ("m-qv", "s-all")
-LOT, REPEATS = 64, 7
 
 _RECORDS_A_PATIENT = 2.7
 """That are generated at least; what is too much is left out."""
@@ -73,8 +73,9 @@ class Point:
 class Result:
     """What came of a point, on test records.
 
-    everyone: scores on everybody's test. own: perplexity on each hospital's own; where one trained alone, on its own.
-    base: both of the base model. best_round: whose adapter that is. seconds: of one core. stopped: why it ended early.
+    everyone: scores on everybody's test. own: perplexity on each hospital's own; where one trained alone, on its own,
+    of the adapter that its own validation records prefer (`_at_home`). base: the base model's scores on everybody's.
+    best_round: whose adapter `everyone` is of. seconds: of one core. stopped: why it ended early.
     """
 
     point: Point
@@ -268,22 +269,23 @@ def run_point(point: Point, root: Path, overrides: Sequence[str] = ()) -> Result
         return Result.from_dict(json.loads(kept.read_text(encoding="utf-8")))
     began = time.process_time()
     config = config_of(point, root / "records" / f"{point.patients}-{point.seed}", overrides)
-    stopped, best_round = "", 0
+    stopped, progress = "", None
     try:
-        best_round = _train(point, config, place)
+        progress = _train(point, config, place)
     except RunStopped as error:
         stopped = str(error)
     trained = (place.root if point.arm == FEDERATED else place.arms / point.arm) / "adapter"
     bench = Bench.of(replace(config, evaluation=replace(config.evaluation, exact=["coding"])))
-    homes = config.data.names if point.arm == FEDERATED else (point.arm,)
-    found = compare.score(config, place, bench, trained if trained.exists() else None, homes)
+    together = point.arm == FEDERATED
+    found = compare.score(config, place, bench, trained if trained.exists() else None, config.data.names * together)
+    own = found.own if together else {point.arm: _at_home(bench, place.records(config) / point.arm, trained, progress)}
     base = bench.scores(bench.start, bench.read(place.central(config, "test")))
     result = Result(
         point=point,
         everyone=found.everyone.as_dict(),
-        own={name: scores.as_dict()["perplexity"] for name, scores in found.own.items()},
+        own={name: scores.as_dict()["perplexity"] for name, scores in own.items()},
         base=base.as_dict(),
-        best_round=best_round,
+        best_round=progress.best_round if progress else 0,
         seconds=round(time.process_time() - began, 1),
         stopped=stopped,
     )
@@ -291,11 +293,23 @@ def run_point(point: Point, root: Path, overrides: Sequence[str] = ()) -> Result
     return result
 
 
-def _train(point: Point, config: Config, place: RunDirectory) -> int:
-    """Returns the best round's number."""
+def _train(point: Point, config: Config, place: RunDirectory) -> Progress:
     if point.arm != FEDERATED:
-        return compare.run_arm(config, place, point.arm).best_round
-    return federate(config, place, place.records(config), place.central(config, "validation")).best_round
+        return compare.run_arm(config, place, point.arm)
+    return federate(config, place, place.records(config), place.central(config, "validation"))
+
+
+def _at_home(bench: Bench, records: Path, published: Path, progress: Progress | None) -> Scores:
+    """A hospital alone on its own test, of the adapter that its own validation records prefer.
+
+    It would choose by those, and not by everybody's: so the last round stands beside the one that was published.
+    """
+    adapters = [load_adapter(published) if published.exists() else bench.start]
+    if progress is not None:
+        adapters.append(progress.adapter)
+    quick, own = replace(bench, exact=()), bench.read(records / "validation.jsonl")
+    chosen = min(adapters, key=lambda adapter: quick.scores(adapter, own).perplexity)
+    return quick.scores(chosen, bench.read(records / "test.jsonl"))
 
 
 def run_points(
@@ -321,7 +335,8 @@ def run_points(
     with storage_errors(root):
         for patients, seed in dict.fromkeys((point.patients, point.seed) for point in todo):
             records_of(root, patients, seed, overrides)
-    bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    columns = (bars.TextColumn("training"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    bar = bars.Progress(*columns, console=console)
     with bar, process_pool(config_files.load(CONFIG).simulation.actors) as pool:
         task = bar.add_task("training", total=len(points), completed=len(points) - len(todo))
         futures: list[Future[Result]] = [pool.submit(run_point, point, root, tuple(overrides)) for point in todo]
