@@ -13,6 +13,7 @@ from simulations.benchmarks.privacy_grid import EPSILONS, FEDERATED, METHODS, MO
 
 _COLOURS = dict(zip(MODES, ("#0b6e99", "#2a9d4e", "#b5651d", "#8a3ffc"), strict=True))
 _DASHES = dict(zip(METHODS, ("-", "--"), strict=True))
+_ALONE = ":"
 _MEASURES = (("perplexity", "perplexity, log axis"), ("accuracy", "exact answers"))
 
 
@@ -35,7 +36,8 @@ def draw(results: Sequence[Result], file: Path) -> None:
             axis = axes[row][column]
             for label, colour, dashes, mine in _curves(here):
                 places, values = _line(mine, measure, epsilons)
-                axis.plot(places, values, dashes, color=colour, marker="o", markersize=4, label=label)
+                marker = "x" if dashes == _ALONE else "o"
+                axis.plot(places, values, dashes, color=colour, marker=marker, markersize=5, label=label)
             bases = [value for result in here if (value := result.base[measure]) is not None]
             if bases:
                 axis.axhline(statistics.median(bases), color="#999999", linewidth=1, label="base model")
@@ -68,7 +70,7 @@ def _curves(results: Sequence[Result]) -> list[tuple[str, str, str, list[Result]
         mine = [r for r in results if r.point.mode == mode and not _together(r)]
         without = [r for r in results if r.point.epsilon == WITHOUT and not _together(r)]
         if mine:
-            found.append((f"{mode}, best hospital alone", _COLOURS[mode], ":", mine + without))
+            found.append((f"{mode}, best hospital alone", _COLOURS[mode], _ALONE, mine + without))
     return found
 
 
