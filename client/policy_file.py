@@ -181,8 +181,7 @@ class InstitutionPolicy:
         persons_unknown, not_approved. A name that the policy does not allow is told so whether or not there is such a
         data set.
         """
-        if self.secure_aggregation.required and not asked.secure:
-            raise Refusal(SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
+        self._accept_masks(asked)
         self.accept_base_model(asked.fingerprint)
         self._accept_method(asked.method)
         self.accept_rank(asked.rank)
@@ -229,6 +228,19 @@ class InstitutionPolicy:
         """
         hidden = {name for metric, names in METRICS.items() if metric not in self.metrics for name in names}
         return {name: 0 if name in hidden else value for name, value in counters.items()}
+
+    def _accept_masks(self, asked: Asked) -> None:
+        """Whatever the policy says: noise in shares is enough in a sum alone, and a single update shows most of it."""
+        if asked.secure:
+            return
+        if self.secure_aggregation.required:
+            raise Refusal(SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
+        if PrivacyConfig(asked.mode).shared_noise:
+            raise Refusal(
+                SECURE_AGGREGATION_REQUIRED,
+                f"privacy mode {asked.mode}, whose noise is enough in a sum only, and the plan asks for an update in"
+                " the clear",
+            )
 
     def _accept_method(self, method: str) -> None:
         if method not in self.methods:
