@@ -61,6 +61,8 @@ def test_show_tells_what_left(home: ClientHome) -> None:
     assert rows[1][3:6] == ["Keys", "first", "1"]
     assert "[b]two" in shown.stdout
     assert "0.75" in shown.stdout
+    assert "unit that `silotune-client ledger show` names" in said(shown)
+    assert "ledger show" not in said(call("show", "--run", "nobody's", "--home", home.root))
 
 
 @pytest.mark.parametrize(
