@@ -336,11 +336,11 @@ data_sets: {data_sets}
 #   clinic: {{data_sets: [notes, letters], modes: [patient], epsilon: 8.0, delta: 1.0e-4}}
 # They are then trained on under these modes only (record, patient, institution, distributed), and all training ever,
 # over runs, restarts and changed files, costs at most epsilon at delta: a round that would exceed it is refused. Let
-# delta be at most 1 / (10 x persons). What was spent is told by `silotune-client ledger show`; it stays spent when a
-# population gets another name or another epsilon or is split: data sets that were once together share what they spent
-# for good, unless all names change at once. A data set in no population may be trained on in every mode, without noise
-# too, and without limit; what left without noise is in no ledger, and no later budget covers it. A second home over the
-# same files has a ledger of its own: split the epsilon over the homes.
+# delta be at most 1 / (10 x persons), which `silotune-client check` counts. What was spent is told by `silotune-client
+# ledger show`; it stays spent when a population gets another name or another epsilon or is split: data sets that were
+# once together share what they spent for good, unless all names change at once. A data set in no population may be
+# trained on in every mode, without noise too, and without limit; what left without noise is in no ledger, and no later
+# budget covers it. A second home over the same files has a ledger of its own: split the epsilon over the homes.
 populations: {{}}
 
 # Aggregation methods that may turn an update into a vector.

@@ -288,6 +288,16 @@ def test_noise_in_shares_is_refused_in_the_clear_whatever_the_policy_lets(
     assert files_below(guarded.home.root) == before  # nobody is asked, no round of the day, nothing in the ledger
 
 
+@pytest.mark.parametrize("mode", ["record", "patient"])
+def test_noise_from_training_needs_no_masks_where_the_policy_lets_it(mode: str, place: Make, start: Adapter) -> None:
+    guarded = place(secure_aggregation=SecureTerms(required=False))
+    member = guarded.institution()
+    noised = PrivacyConfig(mode, noise_multiplier=1.0)
+    assert isinstance(member.answer(settings_of(guarded.hello(secure=False), privacy=noised)), Introduction)
+    plan = settings_of(guarded.plan(start, secure=False), privacy=noised)
+    assert isinstance(member.answer(TrainRequest(plan, start)), Contribution)
+
+
 @pytest.mark.parametrize("mode", SHARES)
 def test_where_only_the_plan_shows_that_noise_in_shares_would_go_in_the_clear_it_is_refused(
     mode: str, place: Make, start: Adapter
