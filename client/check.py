@@ -28,9 +28,10 @@ from client.data_sets import DataFile, DataSets
 from client.findings import Found, Line, Look, given
 from client.home import ClientHome
 from client.keys import Keys
-from client.policy_file import InstitutionPolicy
+from client.ledger import INSTITUTION
+from client.policy_file import InstitutionPolicy, Population
 from client.trust import TrustedRoster
-from client.units import PATIENT
+from client.units import PATIENT, RECORD
 from common.bundle import bundle_digest
 from common.config import TrainConfig
 from common.enrolment import check_authority, grouped
@@ -38,6 +39,8 @@ from common.errors import ConfigError, StorageError
 from common.examples import Tokenised
 from common.messages import PROTOCOL
 from common.models import LoraModel
+from common.privacy.delta import delta_warning
+from common.privacy.mechanism import UNITS
 from common.private_files import check_private_directory, locked, write_private
 from common.records import Record
 from common.secagg.terms import Terms
@@ -50,6 +53,9 @@ _SOON = timedelta(days=30)
 _ROOM = 1 << 30  # bytes that a log, a few small files and an operating system need besides
 _COPIES = 12  # of an adapter: two moments in each of four rounds' states, the published, the local-only, two half ones
 _UNEVEN_S = 2.0
+
+Sets = Mapping[str, tuple[Record, ...]]
+"""A data set's records by set."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,10 @@ def check(asked: Question, tell: Callable[[Line], None] = lambda _: None) -> tup
     look.at("privacy ledger", lambda: _ledger(home))
     if file is not None and terms is not None:
         records = DataSets(file, home.data.parent)
-        for name in _names(asked, terms):
-            _look_at_records(look, asked, terms, file, records, name, model)
+        read = {name: _look_at_records(look, asked, terms, file, records, name, model) for name in _names(asked, terms)}
+        for population in dict.fromkeys(terms.population_of(name) for name in read):
+            if population.limited:
+                _look_at_delta(look, population, read, roster)
     if asked.network:
         _look_at_network(look, roster, own)
     return tuple(look.lines)
@@ -315,7 +323,8 @@ def _look_at_records(
     records: DataSets,
     name: str,
     model: LoraModel | None,
-) -> None:
+) -> Sets | None:
+    """The records, where they can be read."""
     sets = look.at(f"data {name}", lambda: _records(terms, records, name))
     config = TrainConfig(batch_size=trial.TRIED, max_tokens=asked.max_tokens, row_tokens=file.machine.row_tokens)
     parts = look.at(
@@ -327,9 +336,10 @@ def _look_at_records(
 
     look.at(f"training {name}", tried(lambda model, parts: trial.training(model, parts, config, file.machine)))
     look.at(f"evaluation {name}", tried(trial.evaluation))
+    return sets
 
 
-def _records(terms: InstitutionPolicy, records: DataSets, name: str) -> Found[dict[str, tuple[Record, ...]]]:
+def _records(terms: InstitutionPolicy, records: DataSets, name: str) -> Found[Sets]:
     if name not in terms.data_sets:
         raise ConfigError(
             f"expected a data set that the policy allows ({', '.join(terms.data_sets) or 'none'}), found {name!r:.80};"
@@ -348,6 +358,33 @@ def _records(terms: InstitutionPolicy, records: DataSets, name: str) -> Found[di
             " refused, since single records would be protected; name the column, or leave the mode out"
         )
     return Found(found, told, warnings, {"records": sizes, "persons": persons})
+
+
+def _look_at_delta(
+    look: Look, population: Population, read: Mapping[str, Sets | None], roster: TrustedRoster | None
+) -> None:
+    """Whether a budget's delta means something to the units that it is about, as far as they were counted.
+
+    Units that were not counted would ask for a smaller one still.
+    """
+    sets = [found for name in population.data_sets if (found := read.get(name)) is not None]
+    records = [record for found in sets for part in found.values() for record in part]
+    counted = {
+        RECORD: len(records),
+        PATIENT: len({record.person for record in records}),
+        INSTITUTION: 0 if roster is None else len(roster.cards),
+    }
+    needed = ", ".join(f"data {name}" for name in population.data_sets)
+    unit = max(sorted({UNITS[mode] for mode in population.modes}), key=lambda unit: counted[unit])
+
+    def told() -> Found[None]:
+        units = given(counted[unit] or None, "roster" if unit == INSTITUTION else needed)
+        whose = "in the roster" if unit == INSTITUTION else "in its data sets"
+        key, delta = f"policy.yaml: populations.{population.name}.delta", population.delta
+        warning = delta_warning(key, delta, units, unit, whose)
+        return Found(None, f"{delta:g} for {units} {unit}s {whose}", [] if warning is None else [warning])
+
+    look.at(f"delta {population.name}", told)
 
 
 # --- The network ------------------------------------------------------------------------------------------------------

@@ -218,6 +218,16 @@ def spent_by(entries: Sequence[Entry], population: Population) -> tuple[Spent, .
     return tuple(entry for entry in spent if entry.population in names or entry.unit == INSTITUTION)
 
 
+def units_in(spent: Iterable[Spent], *more: str) -> tuple[str, ...]:
+    """The units of privacy that what was spent is of, and those besides, in order."""
+    return tuple(sorted({entry.unit for entry in spent} | set(more)))
+
+
+def by_unit(units: Iterable[str]) -> str:
+    """The units that an epsilon speaks of, as a person reads them beside it."""
+    return f"by {' and '.join(units)}"
+
+
 def _tie(entry: Entry) -> tuple[str, tuple[str, ...]] | None:
     """The name of a population, and data sets that were of it."""
     if isinstance(entry, BudgetSet):
@@ -275,9 +285,10 @@ class Ledger:
         with self._chain.held() as held:
             entries = self._read(held)
             self._note_budget(held, entries, population)
-            past = _events(entries, population, spend)
-            if refusal := _refusal(past, population, spend):
+            spent = _spent_before(entries, population, spend)
+            if refusal := _refusal(spent, population, spend):
                 raise refusal
+            past = [entry.event for entry in spent]
             added = _by_renyi([*past, spend.event], population.delta) - _by_renyi(past, population.delta)
             entry = held.append(lambda link: _spent(link, population, spend))
         assert isinstance(entry, Spent)
@@ -323,18 +334,18 @@ def _spent(link: Link, population: Population, spend: Spend) -> Spent:
     )
 
 
-def _events(entries: Sequence[Entry], population: Population, spend: Spend) -> list[Event]:
+def _spent_before(entries: Sequence[Entry], population: Population, spend: Spend) -> tuple[Spent, ...]:
     """What was spent of the population before. Raises ValueError for a data set that is not of it."""
     if spend.data_set not in population.data_sets:
         raise ValueError(f"expected a data set of population {population.name}, found {spend.data_set!r:.80}")
-    return [entry.event for entry in spent_by(entries, population)]
+    return spent_by(entries, population)
 
 
-def _refusal(past: Sequence[Event], population: Population, spend: Spend) -> Refusal | None:
+def _refusal(spent: Sequence[Spent], population: Population, spend: Spend) -> Refusal | None:
     """Why a spend does not fit into the budget; None where it does."""
     if not population.limited:
         return None
-    limit, delta = population.epsilon, population.delta
+    limit, delta, past = population.epsilon, population.delta, [entry.event for entry in spent]
     if _by_renyi([*past, spend.event], delta) <= limit:
         return None
     after = epsilon([*past, spend.event], delta).bound
@@ -343,8 +354,9 @@ def _refusal(past: Sequence[Event], population: Population, spend: Spend) -> Ref
     before = epsilon(past, delta).bound
     return Refusal(
         BUDGET_EXHAUSTED,
-        f"population {population.name}: the budget is epsilon {limit:g} at delta {delta:g}, {before:.4g} of it is spent"
-        f" and {max(limit - before, 0.0):.4g} left; with this round it would be {after:.4g}",
+        f"population {population.name}: the budget is epsilon {limit:g} at delta {delta:g},"
+        f" {by_unit(units_in(spent, spend.unit))}; {before:.4g} of it is spent and {max(limit - before, 0.0):.4g} left;"
+        f" with this round it would be {after:.4g}",
     )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from client.ledger import Entry, Spent, spent_by
+from client.ledger import Entry, Spent, spent_by, units_in
 from client.policy_file import InstitutionPolicy, Population
 from common.config import Config, PrivacyConfig
 from common.privacy.accounting import Epsilon, Event, epsilon, moments, noise_for, times_left
-from common.privacy.mechanism import noise_multiplier, steps_per_round
+from common.privacy.mechanism import UNITS, noise_multiplier, steps_per_round
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def account(spent: Sequence[Spent], population: Population, points: int) -> Acco
     first = {entry.run: entry.number for entry in reversed(spent)}
     return Account(
         population=population,
-        units=tuple(sorted({entry.unit for entry in spent})),
+        units=units_in(spent),
         others=tuple(sorted({entry.population for entry in spent} - {population.name})),
         updates=last,
         epsilon=total,
@@ -106,14 +106,16 @@ def _epsilon(spent: Iterable[Spent], delta: float) -> Epsilon:
 class Forecast:
     """What a configuration would cost a population, beside what is spent.
 
-    allowed: whether the policy lets its mode train there. event: of a round in one attempt; None without noise. spent,
-    whole: so far, and with the whole run besides, at the population's delta. rounds_left: that fit into the budget;
-    None where nothing limits them, and 0 where nothing is allowed.
+    allowed: whether the policy lets its mode train there. units: what the epsilons speak of, the mode's own unit among
+    them. event: of a round in one attempt; None without noise. spent, whole: so far, and with the whole run besides, at
+    the population's delta. rounds_left: that fit into the budget; None where nothing limits them, and 0 where nothing
+    is allowed.
     """
 
     population: Population
     asked: bool
     allowed: bool
+    units: tuple[str, ...]
     event: Event | None
     spent: Epsilon
     whole: Epsilon | None
@@ -158,6 +160,7 @@ def _forecast(spent: Sequence[Spent], population: Population, event: Event | Non
         population=population,
         asked=config.data.name in population.data_sets,
         allowed=config.privacy.mode in population.modes,
+        units=units_in(spent, *([UNITS[config.privacy.mode]] if config.privacy.private else [])),
         event=event,
         spent=epsilon(past, population.delta),
         whole=None,

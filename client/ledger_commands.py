@@ -212,6 +212,7 @@ def _forecast(one: Forecast, rounds: int) -> dict[str, Any]:
         **_population(one.population),
         "asked": one.asked,
         "allowed": one.allowed,
+        "units": list(one.units),
         "round": None
         if event is None
         else {"mechanism": event.mechanism, "sigma": event.sigma, "q": event.q, "steps": event.steps},
@@ -238,13 +239,15 @@ def _print_account(account: Account, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from client.ledger import by_unit
+
     population = account.population
     budget = f"of {population.epsilon:g}, {account.left:.4g} left" if population.limited else "without limit"
     cli.say(
         console,
         f"population   {population.name}: {', '.join(population.data_sets)}",
         f"spent        epsilon {_told(account.epsilon)} {budget}, at delta {population.delta:g}, in {account.updates}"
-        f" updates{', by ' + ' and '.join(account.units) if account.units else ''}",
+        f" updates{', ' + by_unit(account.units) if account.units else ''}",
         *([f"counts too   what was spent as {', '.join(account.others)}"] if account.others else []),
     )
     if not account.updates:
@@ -260,6 +263,8 @@ def _print_account(account: Account, console: Console) -> None:
 
 
 def _forecast_lines(one: Forecast, mode: str, rounds: int) -> list[str]:
+    from client.ledger import by_unit
+
     population = one.population
     lines = [
         f"population   {population.name}: {', '.join(population.data_sets)}"
@@ -269,13 +274,13 @@ def _forecast_lines(one: Forecast, mode: str, rounds: int) -> list[str]:
         return [*lines, f"refused      mode {mode}; the policy allows {', '.join(population.modes)}"]
     if one.event is None or one.whole is None:
         return [*lines, "no noise     costs no budget, and protects nobody"]
-    event = one.event
+    event, unit = one.event, by_unit(one.units)
     after = f"with {rounds} rounds of this {_told(one.whole)}"
     lines += [
         f"a round      {event.steps} steps at sampling rate {event.q:g} with noise multiplier {event.sigma:.4g}",
-        f"spent        epsilon {_told(one.spent)} at delta {population.delta:g}, {after}",
+        f"spent        epsilon {_told(one.spent)} at delta {population.delta:g}, {after}, {unit}",
     ]
     if one.rounds_left is None:
         return [*lines, "left         without limit"]
     verdict = "the whole run fits" if one.rounds_left >= rounds else f"the run asks for {rounds}"
-    return [*lines, f"left         {one.rounds_left} rounds of a budget of {population.epsilon:g}; {verdict}"]
+    return [*lines, f"left         {one.rounds_left} rounds of a budget of {population.epsilon:g} {unit}; {verdict}"]

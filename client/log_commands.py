@@ -107,6 +107,9 @@ def _print_entries(entries: deque[Entry], console: Console) -> None:
     }
     shown = {name: column for name, column in cells.items() if any(column)}
     table = Table(title="what left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    if "epsilon" in shown:
+        # An entry has no unit: the ledger's entry of the same round and attempt has it.
+        table.caption = "epsilon: of the unit that `silotune-client ledger show` names"
     for name in shown:
         number = name in ("no.", "round", "attempt", "bytes", "epsilon")
         table.add_column(

@@ -181,8 +181,7 @@ class InstitutionPolicy:
         persons_unknown, not_approved. A name that the policy does not allow is told so whether or not there is such a
         data set.
         """
-        if self.secure_aggregation.required and not asked.secure:
-            raise Refusal(SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
+        self._accept_masks(asked)
         self.accept_base_model(asked.fingerprint)
         self._accept_method(asked.method)
         self.accept_rank(asked.rank)
@@ -229,6 +228,19 @@ class InstitutionPolicy:
         """
         hidden = {name for metric, names in METRICS.items() if metric not in self.metrics for name in names}
         return {name: 0 if name in hidden else value for name, value in counters.items()}
+
+    def _accept_masks(self, asked: Asked) -> None:
+        """Whatever the policy says: noise in shares is enough in a sum alone, and a single update shows most of it."""
+        if asked.secure:
+            return
+        if self.secure_aggregation.required:
+            raise Refusal(SECURE_AGGREGATION_REQUIRED, "the plan asks for an update in the clear")
+        if PrivacyConfig(asked.mode).shared_noise:
+            raise Refusal(
+                SECURE_AGGREGATION_REQUIRED,
+                f"privacy mode {asked.mode}, whose noise is enough in a sum only, and the plan asks for an update in"
+                " the clear",
+            )
 
     def _accept_method(self, method: str) -> None:
         if method not in self.methods:
@@ -324,11 +336,11 @@ data_sets: {data_sets}
 #   clinic: {{data_sets: [notes, letters], modes: [patient], epsilon: 8.0, delta: 1.0e-4}}
 # They are then trained on under these modes only (record, patient, institution, distributed), and all training ever,
 # over runs, restarts and changed files, costs at most epsilon at delta: a round that would exceed it is refused. Let
-# delta be at most 1 / (10 x persons). What was spent is told by `silotune-client ledger show`; it stays spent when a
-# population gets another name or another epsilon or is split: data sets that were once together share what they spent
-# for good, unless all names change at once. A data set in no population may be trained on in every mode, without noise
-# too, and without limit; what left without noise is in no ledger, and no later budget covers it. A second home over the
-# same files has a ledger of its own: split the epsilon over the homes.
+# delta be at most 1 / (10 x persons), which `silotune-client check` counts. What was spent is told by `silotune-client
+# ledger show`; it stays spent when a population gets another name or another epsilon or is split: data sets that were
+# once together share what they spent for good, unless all names change at once. A data set in no population may be
+# trained on in every mode, without noise too, and without limit; what left without noise is in no ledger, and no later
+# budget covers it. A second home over the same files has a ledger of its own: split the epsilon over the homes.
 populations: {{}}
 
 # Aggregation methods that may turn an update into a vector.

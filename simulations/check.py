@@ -30,6 +30,7 @@ from common.secagg.terms import OFF
 from common.text import Example
 from server.terms import terms_of
 from simulations import prepare
+from simulations.delta import about_delta
 from simulations.footprint import Footprint, Form, bytes_per_round, footprint, form_of
 from simulations.generate.federation import Federation
 from simulations.generate.similarity import NEAR, Index
@@ -224,6 +225,7 @@ def _warnings(
         *_about_memory(config, prints),
         *_about_template(sets, tokenizer),
         *([] if config.secure_aggregation.enabled else [OFF]),
+        *([] if (told := about_delta(config, lambda name: _of(sets, name, "train").records)) is None else [told]),
     ]
 
 

@@ -12,12 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from common import config_files
 from common.config import POOLED, Config
 from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
+from common.records import read_jsonl
 from server import checkpoints, report, tracking
 from server.collect import Heard
 from server.coordinator import Bench, Observer, Outcome, coordinate
@@ -28,6 +30,7 @@ from server.summary import facts, seconds_of
 from server.terms import launch_line
 from simulations import compare, prepare
 from simulations.compare import ArmScores
+from simulations.delta import about_delta
 from simulations.identities import SimulatedIdentities
 from simulations.layout import RunDirectory
 from simulations.spending import spending
@@ -76,6 +79,8 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
         f"{config.federation.method}, base model {escape(config.model.path)}; results in {escape(str(directory.root))}"
     )
     console.print(launch_line(config))
+    if told := about_delta(config, lambda name: read_jsonl(directory.records(config) / name / "train.jsonl")):
+        console.print(Text(told, "yellow"))
     tracking.require(config.tracking)
     bench = Bench.of(config)
     outcome = _federate(config, directory, bench, console)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal, cast
 
 from common.config import PrivacyConfig, QuantiseConfig
+from common.errors import ConfigError
 from common.privacy.accounting import Event, noise_for
 from common.privacy.distributed import SharedNoise, planned
 from common.secagg.terms import Terms
@@ -68,12 +69,16 @@ def round_event(
     passes: over its records in a round. parameters: of the update. terms: of secure aggregation, which modes with noise
     in shares need.
 
-    Raises ConfigError as the functions above do.
+    Raises ConfigError where these modes have no terms, and as the functions above do.
     """
     if not privacy.private:
         return None
     if privacy.shared_noise:
-        assert terms is not None
+        if terms is None:
+            raise ConfigError(
+                f"privacy.mode: expected secure aggregation with {privacy.mode}, whose noise is in the sum only, found"
+                " none; choose record or patient, or turn it on"
+            )
         return shared_noise(privacy, quantise, parameters, rounds, terms).event()
     steps = steps_per_round(passes, privacy.sampling_rate)
     return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)

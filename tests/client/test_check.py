@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from common.enrolment import Address
 from common.errors import ConfigError, ModelError
 from common.examples import Tokenised, examples_of
 from common.models import LoraModel
-from common.records import write_jsonl
+from common.records import Record, write_jsonl
 from server.authority import authority_certificate, server_certificate
 from server.front import serve_front
 from server.operator import Operator
@@ -340,6 +342,84 @@ def budgets(here: Enrolled, *populations: str) -> None:
     )
     told = told.replace("notes+second:", "both:").replace("notes:", "clinic:").replace("second:", "ward:")
     edit(here.home.policy, "populations: {}", f"populations: {{{told}}}")
+
+
+def budget(here: Enrolled, name: str, data_sets: str, modes: str, delta: float) -> None:
+    told = f"{name}: {{data_sets: [{data_sets}], modes: [{modes}], epsilon: 3.0, delta: {delta!r}}}"
+    policy = here.home.policy.read_text(encoding="utf-8")
+    before = next(line for line in policy.splitlines() if line.startswith("populations:"))
+    edit(here.home.policy, before, f"populations: {{{told}}}")
+
+
+def records_of(persons: int, each: int) -> list[Record]:
+    """Different ones, `each` of every person."""
+    return [
+        replace(record, person=f"person-{number % persons}")
+        for number, record in enumerate(make_records(persons * each, "many"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("modes", "units", "whose"),
+    [
+        ("patient", 40, "40 patients in its data sets"),
+        ("record", 120, "120 records in its data sets"),
+        ("distributed", 120, "120 records in its data sets"),
+        ("patient, record", 120, "120 records in its data sets"),
+        ("institution", 4, "4 institutions in the roster"),
+        ("institution, patient", 40, "40 patients in its data sets"),
+    ],
+)
+def test_a_delta_that_means_nothing_is_told(here: Enrolled, modes: str, units: int, whose: str) -> None:
+    write_jsonl(here.records, records_of(40, 3))
+    least = {"network": False, "max_tokens": 8}
+    for delta, verdict in ((1.01 / (10 * units), WARN), (1 / (10 * units), OK)):
+        budget(here, "clinic", DATA_SET, modes, delta)
+        found = lines(here, **least)["delta clinic"]
+        assert (found.verdict, f"{delta:g} for {whose}" in found.told) == (verdict, True), found.told
+    budget(here, "clinic", DATA_SET, modes, 0.05)
+    found = lines(here, **least)["delta clinic"]
+    said, warning = found.told.splitlines()
+    assert said == f"0.05 for {whose}"
+    told = re.fullmatch(
+        rf"policy\.yaml: populations\.clinic\.delta: found 0\.05 for {whose}; expected at most (\S+), which is"
+        rf" 1 / \(10 x {units}\): .*; set it to (\S+) or less",
+        warning,
+    )
+    assert told is not None
+    assert told[1] == told[2]
+    budget(here, "clinic", DATA_SET, modes, float(told[2]))
+    assert lines(here, **least)["delta clinic"].verdict == OK
+
+
+def test_a_delta_is_held_to_the_persons_of_all_data_sets_of_its_population(here: Enrolled) -> None:
+    """60 and 50 persons, of whom 20 are in both; the one data set that is asked for says as much as it can."""
+    file = second(here, allowed=True)
+    own = [record.person for record in make_records(20, "alder")]
+    shared = [replace(record, person=own[number]) for number, record in enumerate(make_records(20, "both"))]
+    write_jsonl(file, [*shared, *make_records(30, "second")])
+    budget(here, "both", f"{DATA_SET}, second", "patient", 1 / 890)
+    found = lines(here, max_tokens=8)["delta both"]
+    assert (found.verdict, "90 patients" in found.told) == (WARN, True)
+    assert silotune(here, "--offline", "--max-tokens", 8).exit_code == 0  # it can run
+    assert "60 patients" in lines(here, max_tokens=8, data_set=DATA_SET)["delta both"].told
+    file.unlink()
+    assert "60 patients" in lines(here, max_tokens=8)["delta both"].told
+    here.records.unlink()
+    found = lines(here, max_tokens=8)["delta both"]
+    assert (found.verdict, "needs: data notes, data second" in found.told) == (SKIPPED, True)
+
+
+def test_where_no_column_says_whose_a_record_is_records_are_counted(here: Enrolled) -> None:
+    path = f"    path: {json.dumps(str(here.records))}\n"
+    write_jsonl(here.records, records_of(4, 15))
+    edit(here.home.data, path, f'{path}    person: "-"\n')
+    budget(here, "clinic", DATA_SET, "record", 0.01)
+    assert "for 60 records" in lines(here, max_tokens=8)["delta clinic"].told
+
+
+def test_a_data_set_without_a_budget_has_no_delta_to_hold(here: Enrolled) -> None:
+    assert not [name for name in lines(here, max_tokens=8) if name.startswith("delta")]
 
 
 def as_link(first: Path, second: Path) -> None:

@@ -266,6 +266,53 @@ def test_in_the_clear_where_the_policy_lets_it(place: Make, start: Adapter) -> N
     assert isinstance(member.answer(guarded.request(start)), Keys)
 
 
+SHARES = ("institution", "distributed")
+"""Modes whose noise is in the sum only."""
+
+
+@pytest.mark.parametrize("kind", [Hello, Plan])
+@pytest.mark.parametrize("approval", ["automatic", "manual"])
+@pytest.mark.parametrize("mode", SHARES)
+def test_noise_in_shares_is_refused_in_the_clear_whatever_the_policy_lets(
+    mode: str, approval: str, kind: type[Said], place: Make, start: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = place(approval=approval, secure_aggregation=SecureTerms(required=False))
+    records = Untouchable()
+    member = guarded.institution(data=records)
+    before = files_below(guarded.home.root)
+    touched = forbid_models(monkeypatch)
+    message: Any = guarded.hello() if kind is Hello else guarded.plan(start)
+    message = settings_of(in_the_clear(message), privacy=PrivacyConfig(mode, noise_multiplier=1.0))
+    assert asked(guarded, member, message, start) == Refused(SECURE_AGGREGATION_REQUIRED, ME)
+    assert (records.opened, touched) == ([], [])
+    assert files_below(guarded.home.root) == before  # nobody is asked, no round of the day, nothing in the ledger
+
+
+@pytest.mark.parametrize("mode", ["record", "patient"])
+def test_noise_from_training_needs_no_masks_where_the_policy_lets_it(mode: str, place: Make, start: Adapter) -> None:
+    guarded = place(secure_aggregation=SecureTerms(required=False))
+    member = guarded.institution()
+    noised = PrivacyConfig(mode, noise_multiplier=1.0)
+    assert isinstance(member.answer(settings_of(guarded.hello(secure=False), privacy=noised)), Introduction)
+    plan = settings_of(guarded.plan(start, secure=False), privacy=noised)
+    assert isinstance(member.answer(TrainRequest(plan, start)), Contribution)
+
+
+@pytest.mark.parametrize("mode", SHARES)
+def test_where_only_the_plan_shows_that_noise_in_shares_would_go_in_the_clear_it_is_refused(
+    mode: str, place: Make, start: Adapter
+) -> None:
+    guarded = place(secure_aggregation=SecureTerms(required=False))
+    records = Untouchable()
+    member = guarded.institution(data=records)
+    noised = PrivacyConfig(mode, noise_multiplier=1.0)
+    assert isinstance(member.answer(settings_of(guarded.hello(), privacy=noised)), Introduction)
+    before = files_below(guarded.home.root)
+    plan = settings_of(guarded.plan(start, secure=False), privacy=noised)
+    assert member.answer(TrainRequest(plan, start)) == Refused(SECURE_AGGREGATION_REQUIRED, ME)
+    assert (records.opened, files_below(guarded.home.root)) == ([], before)
+
+
 def vector_of(answer: Reply, plan: Plan) -> fixed_point.Ring:
     assert isinstance(answer, Contribution)
     return fixed_point.unpack(answer.vector, plan.layout.length, plan.layout.ring_bits)

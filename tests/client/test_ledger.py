@@ -231,12 +231,14 @@ def test_the_round_that_would_exceed_the_budget_is_refused_and_the_one_before_is
     assert spent.bound <= CLINIC.epsilon
     assert epsilon([replace(ROUND.event, steps=10 * (fits + 1))], CLINIC.delta).bound > CLINIC.epsilon
     for told in (
-        "budget is epsilon 3 at delta 1e-05",
+        "budget is epsilon 3 at delta 1e-05, by patient;",
         f"{spent.bound:.4g} of it is spent",
         f"{3 - spent.bound:.4g} left",
     ):
         assert told in caught.value.detail
     assert caught.value.parts == ()
+    with pytest.raises(Refusal, match="at delta 1e-05, by patient and record; "):
+        ledger.spend(CLINIC, replace(late, unit="record"))
     assert (place / FILE).read_bytes() == before
     # Something smaller may still fit.
     assert not refused(ledger, CLINIC, replace(ROUND, sigma=1000.0))

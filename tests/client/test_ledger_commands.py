@@ -145,7 +145,11 @@ def test_forecast_tells_how_many_rounds_still_fit(home: ClientHome) -> None:
     assert clinic["fits"] == (left >= 12)
     assert (scans["rounds_left"], scans["fits"]) == (None, True)
     shown = call("forecast", *CONFIG, "--home", home.root)
-    assert f"{left} rounds of a budget of 6" in words(shown)
+    assert f"{left} rounds of a budget of 6 by patient;" in words(shown)
+    assert (clinic["units"], scans["units"]) == (["patient"], ["patient", "record"])
+    both = [f"with 12 rounds of this {one['after_run']['epsilon']:.4g}" for one in (clinic, scans)]
+    assert f"{both[0]}, by patient left" in words(shown)
+    assert f"{both[1]}, by patient and record left without limit" in words(shown)
     assert "10 steps at sampling rate 0.1 with noise multiplier 2" in words(shown)
     long = told("forecast", *CONFIG, f"federation.rounds={left + 1}", "--home", home.root)
     assert not long["populations"][0]["fits"]
@@ -155,6 +159,9 @@ def test_forecast_says_what_is_refused(home: ClientHome) -> None:
     clinic, scans = told("forecast", *CONFIG, "privacy.mode=record", "--home", home.root)["populations"]
     assert (clinic["allowed"], clinic["fits"], clinic["rounds_left"]) == (False, False, 0)
     assert scans["fits"]
+    assert (clinic["units"], scans["units"]) == (["patient", "record"], ["record"])
+    without = told("forecast", *CONFIG, "privacy.mode=none", "--home", home.root)["populations"]
+    assert [one["units"] for one in without] == [["patient"], ["record"]]
     shown = call("forecast", *CONFIG, "privacy.mode=none", "data.name=elsewhere", "--home", home.root)
     for text in ("mode none; the policy allows patient", "protects nobody", "allows no data set elsewhere"):
         assert text in words(shown)

@@ -61,6 +61,9 @@ def test_show_tells_what_left(home: ClientHome) -> None:
     assert rows[1][3:6] == ["Keys", "first", "1"]
     assert "[b]two" in shown.stdout
     assert "0.75" in shown.stdout
+    assert "unit that `silotune-client ledger show` names" in said(shown)
+    free = said(call("show", "--run", "", "--home", home.root))  # only what spent nothing
+    assert ("Introduction" in free, "ledger show" in free) == (True, False)
 
 
 @pytest.mark.parametrize(

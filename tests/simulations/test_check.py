@@ -171,6 +171,14 @@ def test_without_secure_aggregation_a_warning_stands() -> None:
     assert (found["ready"], found["secure_aggregation"], found["notes"]) == (False, None, [])
 
 
+def test_a_delta_that_means_nothing_is_warned_of() -> None:
+    private = ("privacy.mode=patient", "privacy.noise_multiplier=2", "federation.weighting=uniform")
+    found = json.loads(check("smoke", *private, "privacy.delta=0.05", "--json").stdout)
+    assert (found["ready"], len(found["warnings"])) == (False, 1)
+    assert found["warnings"][0].startswith("privacy.delta: found 0.05 for 10 patients that riverside trains on")
+    assert json.loads(check("smoke", *private, "privacy.delta=0.01", "--json").stdout)["ready"]
+
+
 def test_a_weight_that_is_cut_is_noted_with_the_unit_that_fits() -> None:
     """16 records in units of 2 are 8, and three bits of weight end at 7."""
     small = ("federation.weight_unit=2", "quantise.weight_bits=3", "--json")

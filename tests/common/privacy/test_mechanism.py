@@ -57,6 +57,12 @@ def test_without_differential_privacy_nothing_is_spent() -> None:
 
 
 @pytest.mark.parametrize("mode", ["institution", "distributed"])
+def test_noise_in_shares_without_secure_aggregation_has_no_cost_to_tell(mode: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected secure aggregation with {mode}"):
+        round_event(PrivacyConfig(mode, noise_multiplier=1.0), QUANTISE, 1.0, 7, 100, None)
+
+
+@pytest.mark.parametrize("mode", ["institution", "distributed"])
 def test_noise_that_no_ring_can_hold_is_refused(mode: str) -> None:
     privacy = PrivacyConfig(mode, noise_multiplier=1e6)
     with pytest.raises(ConfigError, match=r"quantise: .*lower quantise\.bits or ask for less noise"):

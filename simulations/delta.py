@@ -1,0 +1,31 @@
+"""Whether a run's delta means something to the units of its institutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from common.config import Config
+from common.privacy.delta import delta_warning
+from common.privacy.mechanism import UNITS
+from common.records import Record
+
+
+def about_delta(config: Config, training: Callable[[str], Sequence[Record]]) -> str | None:
+    """What to mind of `privacy.delta` where it is too large even at the institution with the fewest units.
+
+    training: the training records of the institution of that name, which are all that a run may tell of; read under
+    differential privacy alone. With the institution as the unit, all institutions are counted.
+    """
+    if not config.privacy.private:
+        return None
+    unit = UNITS[config.privacy.mode]
+    if unit == "institution":
+        count, whose = len(config.data.names), "in the run"
+    else:
+        count, name = min((_units(training(name), unit), name) for name in config.data.names)
+        whose = f"that {name} trains on, the fewest of all"
+    return delta_warning("privacy.delta", config.privacy.delta, count, unit, whose)
+
+
+def _units(records: Sequence[Record], unit: str) -> int:
+    return len({record.person for record in records}) if unit == "patient" else len(records)
