@@ -11,7 +11,7 @@ from common.records import Record
 
 
 def about_delta(config: Config, training: Callable[[str], Sequence[Record]]) -> str | None:
-    """What to mind of `privacy.delta` where it is too large even at the institution with the fewest units.
+    """What to mind of `privacy.delta` where it is too large at the institution with the most units.
 
     training: the training records of the institution of that name, which are all that a run may tell of; read under
     differential privacy alone. With the institution as the unit, all institutions are counted.
@@ -22,8 +22,8 @@ def about_delta(config: Config, training: Callable[[str], Sequence[Record]]) -> 
     if unit == "institution":
         count, whose = len(config.data.names), "in the run"
     else:
-        count, name = min((_units(training(name), unit), name) for name in config.data.names)
-        whose = f"that {name} trains on, the fewest of all"
+        count, name = max((_units(training(name), unit), name) for name in config.data.names)
+        whose = f"that {name} trains on, the most of all"
     return delta_warning("privacy.delta", config.privacy.delta, count, unit, whose)
 
 

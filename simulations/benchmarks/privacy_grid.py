@@ -187,6 +187,7 @@ def config_of(point: Point, records: Path, overrides: Sequence[str] = ()) -> Con
 
 
 _WITHOUT_NOISE = {"train.batch_size": 16, "train.learning_rate": 4e-3}
+_WHOLE_PASSES = {"federation.rounds": 6, "train.passes_per_round": 1.0}
 _ALONE_WITHOUT_NOISE = {"compare.local.batch_size": 16, "compare.local.learning_rate": 4e-3}
 
 
@@ -197,7 +198,7 @@ def _settings(point: Point) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if point.mode in ("none", "institution"):
-        found |= _WITHOUT_NOISE | _ALONE_WITHOUT_NOISE
+        found |= _WITHOUT_NOISE | _ALONE_WITHOUT_NOISE | _WHOLE_PASSES
     elif point.method == "fedavg":
         found["train.learning_rate"] = 1e-2
     if point.mode == "distributed":
@@ -208,7 +209,7 @@ def _settings(point: Point) -> dict[str, Any]:
         }
     if point.patients < _FEW:
         # Lots of as many patients as there are to hide among, and smaller steps.
-        found |= {"federation.rounds": 8, "privacy.sampling_rate": 0.25}
+        found |= {"federation.rounds": 8, "train.passes_per_round": 1.0, "privacy.sampling_rate": 0.25}
         if point.mode in ("patient", "record"):
             found["train.learning_rate"] = 2e-2
         if point.mode == "distributed":

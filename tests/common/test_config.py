@@ -524,7 +524,8 @@ def test_an_override_with_a_broken_value_is_quoted() -> None:
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'hospital' \(did you mean hospitals\?\).*banks, clinics, deployment, hospitals, hospitals-private, smoke",
+        match=r"'hospital' \(did you mean hospitals\?\).*"
+        "banks, clinics, deployment, hospitals, hospitals-private, smoke",
     ):
         load("hospital")
 

@@ -1,4 +1,4 @@
-"""Whether a run's delta means something: by the mode's own unit, and at the institution with the fewest."""
+"""Whether a run's delta means something: by the mode's own unit, and at the institution with the most."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def training(name: str) -> Sequence[Record]:
 @pytest.mark.parametrize(
     ("mode", "units", "said"),
     [
-        ("patient", 20, "20 patients that northgate trains on, the fewest of all"),
-        ("record", 60, "60 records that northgate trains on, the fewest of all"),
-        ("distributed", 60, "60 records that northgate trains on, the fewest of all"),
+        ("patient", 40, "40 patients that riverside trains on, the most of all"),
+        ("record", 120, "120 records that riverside trains on, the most of all"),
+        ("distributed", 120, "120 records that riverside trains on, the most of all"),
         ("institution", 3, "3 institutions in the run"),
     ],
 )
