@@ -18,7 +18,7 @@ from server.documents import LONGEST_NAME, Node, object_in, text_of
 DIRECTORY = "attacks"
 
 HELD, BROKEN, NOT_PROMISED = VERDICTS = ("held", "broken", "not promised")
-"""Of the claim: it held, it did not, or nothing was claimed."""
+"""Of the run: its claim held, a claim did not hold, or the run claims nothing against the attack."""
 
 SIGNS = {HELD: "✓", BROKEN: "✕", NOT_PROMISED: "–"}
 """A sign for each verdict: colour alone never carries a meaning."""

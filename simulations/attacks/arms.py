@@ -31,6 +31,8 @@ from simulations.processes import process_pool
 
 BASE, LOCAL, FEDERATED, PRIVATE = "base", "local-only", "federated", "federated + DP"
 
+IN_WORDS = {FEDERATED: "without differential privacy", PRIVATE: "under differential privacy"}
+
 EPSILON = 8.0
 """Of the private arm, where the configuration has no privacy of its own."""
 
@@ -93,6 +95,11 @@ def with_privacy(config: Config, epsilon: float = EPSILON) -> Config:
     )
 
 
+def own_and_other(config: Config) -> tuple[str, str]:
+    """Which of FEDERATED and PRIVATE the configured run is, and the one that is trained beside it."""
+    return (PRIVATE, FEDERATED) if config.privacy.private else (FEDERATED, PRIVATE)
+
+
 def event_of(config: Config, parameters: int) -> Event:
     """What a round under `with_privacy` costs each institution. parameters: of an update."""
     rounds, passes = config.federation.rounds, config.train.passes_per_round
@@ -140,7 +147,7 @@ def jobs(ground: Ground, arms: Sequence[str], names: Sequence[str] | None = None
                 for name in names or config.data.names
             ]
         else:
-            ready = ground.finished and config.privacy.private == (arm == PRIVATE)
+            ready = ground.finished and arm == own_and_other(config)[0]
             mine = with_privacy(config) if arm == PRIVATE else without_privacy(config)
             place = ground.directory.root if ready else ground.runs / ("private" if arm == PRIVATE else "federated")
             found.append(Job((arm, ""), _bare(mine), place, ground.records, ready))

@@ -32,7 +32,7 @@ from common.text import Example
 from simulations.attacks.arms import Ground, event_of, spent, with_privacy
 from simulations.attacks.bounds import OneRun, auc, gaussian_epsilon, one_run
 from simulations.attacks.probing import losses, ordinary_tokens
-from simulations.attacks.result import Measure, Result, Told, Verdict
+from simulations.attacks.result import Measure, Result, Told, judged
 from simulations.attacks.single_step import CONFIDENCE, SIGMA, Steps, audit, last_layer, real_steps, scene
 from simulations.processes import process_pool
 
@@ -42,7 +42,7 @@ TRIALS = 300
 EPSILON = 1.0
 """What is claimed where the configuration has no privacy of its own."""
 
-NOISED, SILENT = "as configured", "noise left out"
+NOISED, SILENT = "with its noise", "noise left out"
 
 _PASSES = 15.0  # over the canaries, at least
 _RATE = 1e-2
@@ -98,21 +98,24 @@ def attack(ground: Ground, tell: Told, canaries: int = CANARIES, trials: int = T
             found[of] = future.result()
             tell(f"{of}: {canaries} canaries, epsilon is at least {found[of][0].epsilon:.2f}")
     tell(f"single steps: {trials} with the canary, {trials} without")
-    return result(config, claim, canaries, found, single_steps(config, trials))
+    return result(ground.config, claim, canaries, found, single_steps(config, trials))
 
 
 def result(config: Config, claim: Claim, canaries: int, found: dict[str, tuple[OneRun, float]], steps: Steps) -> Result:
-    """What one run's canaries with and without noise, and many single steps, say together."""
+    """What one run's canaries with and without noise, and many single steps, say together.
+
+    config: of the run that is attacked. claim: of the configuration as it is audited.
+    """
+    mode, promised = audited(config).privacy.mode, config.privacy.private
     proved, power = found[NOISED][0].epsilon, found[SILENT][0].epsilon
-    verdict: Verdict = "held" if proved <= claim.epsilon and steps.holds else "broken"
-    seen = (
-        f"without noise the same audit proves {power:.2f}"
-        if power > claim.epsilon
-        else f"but this audit is too weak here to see noise left out (it proves {power:.2f} then)"
-    )
+    weak = "" if power > claim.epsilon else ", but the audit is too weak here to see noise left out"
+    own, beside = (f"proves epsilon of at least {proved:.2f}", f"without noise the same audit proves {power:.2f}")
+    if not promised:
+        own = f"and no noise, of which this run adds none, proves epsilon of at least {power:.2f}"
+        beside = f"with the noise of epsilon {claim.epsilon:.2f} the same audit proves {proved:.2f}"
     step_claim = gaussian_epsilon(1 / SIGMA, claim.delta)
     measures = [
-        Measure(NOISED, "epsilon claimed", claim.epsilon, f"delta {claim.delta:g}, {config.privacy.mode}"),
+        Measure(NOISED, "epsilon claimed", claim.epsilon, f"delta {claim.delta:g}, {mode}"),
         *(
             measure
             for of, (one, area) in found.items()
@@ -128,16 +131,23 @@ def result(config: Config, claim: Claim, canaries: int, found: dict[str, tuple[O
             f"{100 * CONFIDENCE:g} %, {steps.trials} trials each, claimed {step_claim:.2f}",
         ),
         Measure("single step", "reach of a unit over the clip", steps.reach, "claimed: at most 1"),
-        Measure("single step", "noise over what is claimed", steps.noise, "claimed: 1"),
+        Measure(
+            "single step",
+            "noise over what is claimed",
+            steps.noise,
+            f"claimed: 1; under {steps.least_noise:.2f} is no accident ({100 * CONFIDENCE:g} %)",
+        ),
     ]
-    return Result(
+    return judged(
         NAME,
-        f"Every {config.privacy.mode} has epsilon = {claim.epsilon:.2f} at delta = {claim.delta:g} against whoever has"
-        " the adapter.",
-        f"One run with {canaries} canaries proves epsilon of at least {proved:.2f}; {seen}. Single steps"
-        f" {'agree with' if steps.holds else 'CONTRADICT'} the noise that is claimed.",
-        verdict,
-        tuple(measures),
+        "differential privacy",
+        promised=promised,
+        kept=proved <= claim.epsilon and steps.holds,
+        claim=f"With differential privacy, every {mode} has epsilon = {claim.epsilon:.2f} at delta = {claim.delta:g}"
+        " against whoever has the adapter.",
+        finding=f"An audit with {canaries} canaries {own}; {beside}{weak}. Single steps"
+        f" {'agree with' if steps.holds else 'CONTRADICT'} the noise and the clip that are claimed.",
+        measures=measures,
     )
 
 

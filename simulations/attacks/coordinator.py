@@ -44,7 +44,7 @@ from server.coordinator import collector
 from server.rounds import begin, run_round
 from simulations.attacks.arms import Ground, with_privacy, without_privacy
 from simulations.attacks.probing import gradients
-from simulations.attacks.result import Measure, Result, Told, Verdict
+from simulations.attacks.result import Measure, Result, Told, judged
 from simulations.identities import SimulatedIdentities
 from simulations.institutions import virtual
 from simulations.layout import RunDirectory
@@ -53,6 +53,13 @@ from simulations.members import InProcessMembers
 NAME = "coordinator"
 CLEAR, DP, MASKED = "update in the clear", "update in the clear, DP", "masked vector"
 SUM, DIFFERENCE = "sum of the cohort", "difference of two sums"
+IN_WORDS = {
+    CLEAR: "its update",
+    DP: "its noised update",
+    MASKED: "its masked vector",
+    SUM: "the sum",
+    DIFFERENCE: "two sums that differ by it",
+}
 
 Vector = NDArray[np.float64]
 
@@ -325,15 +332,23 @@ def attack(ground: Ground, tell: Told) -> Result:
     found = {
         of: success({name: eye.more(update) for name, update in updates.items()}, truth) for of, updates in seen.items()
     }
-    return result(found, by_chance(len(eye.tokens), len(truth), config.seed), len(eye.tokens))
+    return result(ground.config, found, by_chance(len(eye.tokens), len(truth), config.seed), len(eye.tokens))
 
 
-def result(found: Mapping[str, Success], chance: tuple[float, float], tokens: int) -> Result:
-    """What was read, against chance: mean and standard deviation of a random ranking's average precision."""
-    mean, spread = chance
-    # Five standard deviations: a masked vector is uniform whatever it hides, so that more is no accident.
-    verdict: Verdict = "held" if found[MASKED].precision <= mean + 5 * spread else "broken"
-    order = [of for of in (CLEAR, DP, MASKED, SUM, DIFFERENCE) if of in found]
+def sent(config: Config) -> str:
+    """What members of a run send to its coordinator."""
+    if config.secure_aggregation.enabled:
+        return MASKED
+    return DP if config.privacy.private else CLEAR
+
+
+def result(config: Config, found: Mapping[str, Success], chance: tuple[float, float], tokens: int) -> Result:
+    """What was read, against chance: mean and standard deviation of a random ranking's average precision.
+
+    config: of the run that is attacked.
+    """
+    (mean, spread), own = chance, sent(config)
+    order = [of for of in IN_WORDS if of in found]
     measures = []
     for of in order:
         about = f"{round(_SHARE * tokens)} of {tokens} tokens; chance {mean:.2f} ± {spread:.2f}"
@@ -342,17 +357,18 @@ def result(found: Mapping[str, Success], chance: tuple[float, float], tokens: in
             Measure(of, "recall at k", found[of].recall, f"chance {_SHARE:g}"),
             Measure(of, "correlation with the true shares", found[of].likeness, "chance 0"),
         ]
-    difference = (
-        f"{found[DIFFERENCE].precision:.2f} from two sums that differ by it"
-        if DIFFERENCE in found
-        else "two sums that differ by it are refused, since one would be of too few"
-    )
-    return Result(
+    others = [f"{found[of].precision:.2f} from {IN_WORDS[of]}" for of in order if of != own]
+    if DIFFERENCE not in found:
+        others.append(f"{IN_WORDS[DIFFERENCE]} are refused, since one would be of too few")
+    return judged(
         NAME,
-        "With secure aggregation the coordinator learns sums and no update; what a sum tells is not bounded.",
-        f"What a member's records hold most of is found with an average precision of {found[CLEAR].precision:.2f} from"
-        f" its update, {found[MASKED].precision:.2f} from its masked vector (chance {mean:.2f}),"
-        f" {found[SUM].precision:.2f} from the sum, {difference}.",
-        verdict,
-        tuple(measures),
+        "secure aggregation",
+        promised=config.secure_aggregation.enabled,
+        # Five standard deviations: a masked vector is uniform whatever it hides, so that more is no accident.
+        kept=found[MASKED].precision <= mean + 5 * spread,
+        claim="With secure aggregation the coordinator learns sums and no update; what a sum tells is not bounded.",
+        finding="What a member's records hold most of is found with an average precision of"
+        f" {found[own].precision:.2f} from {IN_WORDS[own]}, which is what it sends in this run (chance {mean:.2f});"
+        f" {', '.join(others)}.",
+        measures=measures,
     )

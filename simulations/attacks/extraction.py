@@ -27,17 +27,19 @@ from simulations import prepare
 from simulations.attacks.arms import (
     BASE,
     FEDERATED,
+    IN_WORDS,
     LOCAL,
     PRIVATE,
     Ground,
     claimed,
     jobs,
+    own_and_other,
     published,
     train_all,
     with_privacy,
 )
 from simulations.attacks.probing import losses
-from simulations.attacks.result import Measure, Result, Told, Verdict
+from simulations.attacks.result import Measure, Result, Told, judged
 from simulations.layout import RunDirectory
 
 NAME = "extraction"
@@ -101,11 +103,12 @@ def attack(ground: Ground, tell: Told) -> Result:
     first = mine.config.data.names[0]
     adapters = train_all(jobs(mine, (LOCAL, FEDERATED, PRIVATE), [first]), mine.config.simulation.actors, tell)
     model = load(mine.config.model, mine.config.lora, mine.config.seed)
-    base, private = model.read(), with_privacy(mine.config)
+    base = model.read()
     tell("asking every adapter")
     targets = {BASE: base} | {arm: adapter for (arm, _), adapter in adapters.items()}
     found = {arm: asked(model, targets[arm], secrets, mine.config) for arm in (BASE, LOCAL, FEDERATED, PRIVATE)}
-    return result(private, claimed(private, base), secrets, found, published(adapters[PRIVATE, ""]))
+    epsilon = claimed(with_privacy(mine.config), base)
+    return result(mine.config, epsilon, secrets, found, published(adapters[PRIVATE, ""]))
 
 
 def asked(model: LoraModel, adapter: Adapter, secrets: Sequence[Secret], config: Config) -> list[tuple[bool, float]]:
@@ -130,13 +133,16 @@ def asked(model: LoraModel, adapter: Adapter, secrets: Sequence[Secret], config:
 
 
 def result(
-    private: Config,
+    config: Config,
     epsilon: float,
     secrets: Sequence[Secret],
     found: Mapping[str, Sequence[tuple[bool, float]]],
     note: str,
 ) -> Result:
-    """What the answers come to. private: the private arm, which claims `epsilon`. note: what has to be said of it."""
+    """What the answers come to. config: of the run that is attacked. epsilon: what the private arm claims. note: what
+    has to be said of that arm.
+    """
+    private, (own, other) = with_privacy(config), own_and_other(config)
     measures = []
     for arm, answers in found.items():
         for repetitions in REPETITIONS:
@@ -150,19 +156,21 @@ def result(
             measures.append(Measure(arm, f"exposure, x{repetitions}", mean, about))
     allowed = expected_at_most(private, epsilon, secrets)
     said = {arm: sum(yes for yes, _ in answers) for arm, answers in found.items()}
-    # By Markov's inequality: more than 20 times what is expected at most comes up in fewer than 1 of 20 attacks.
-    verdict: Verdict = "broken" if said[PRIVATE] > 20 * allowed else "held"
     measures.append(
         Measure(PRIVATE, "secrets said, expected at most", allowed, f"epsilon {epsilon:.2f} of {private.privacy.mode}")
     )
-    return Result(
+    return judged(
         NAME,
-        f"With differential privacy, a unit's secret is said at most {math.exp(min(epsilon, 700.0)):.3g} (e^epsilon)"
-        " times as often as by who never saw it; without, nothing is promised.",
-        f"Of {len(secrets)} secrets {said[LOCAL]} are said by what was trained alone, {said[FEDERATED]} by the"
-        f" federation's adapter, {said[PRIVATE]} under differential privacy, {said[BASE]} by the base model.",
-        verdict,
-        tuple(measures),
+        "differential privacy",
+        promised=own == PRIVATE,
+        # By Markov's inequality: more than 20 times what is expected at most comes up in fewer than 1 of 20 attacks.
+        kept=said[PRIVATE] <= 20 * allowed,
+        claim=f"With differential privacy, a unit's secret is said at most {math.exp(min(epsilon, 700.0)):.3g}"
+        " (e^epsilon) times as often as by who never saw it.",
+        finding=f"Trained again as in this run, with {len(secrets)} secrets among the records, its adapter says"
+        f" {said[own]} of them; {IN_WORDS[other]} {said[other]} are said, by what was trained alone {said[LOCAL]},"
+        f" by the base model {said[BASE]}.",
+        measures=measures,
     )
 
 

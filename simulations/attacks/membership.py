@@ -27,22 +27,24 @@ from common.records import Record, read_jsonl
 from simulations.attacks.arms import (
     BASE,
     FEDERATED,
+    IN_WORDS,
     LOCAL,
     PRIVATE,
     Ground,
     claimed,
     jobs,
+    own_and_other,
     published,
     train_all,
     with_privacy,
 )
-from simulations.attacks.bounds import Scores, auc, hits_at, rates
+from simulations.attacks.bounds import CONFIDENCE, Scores, auc, hits_at, rates
 from simulations.attacks.probing import losses
-from simulations.attacks.result import Measure, Result, Told, Verdict
+from simulations.attacks.result import Measure, Result, Told, judged
 from simulations.generate import federation as generator
 
 NAME = "membership"
-LOSS, RATIO = "loss", "likelihood ratio"
+KINDS = LOSS, RATIO = "loss", "likelihood ratio"
 FALSE = 0.01
 """The false positive rate at which true positives are counted."""
 FEWEST = 50
@@ -81,8 +83,8 @@ def attack(ground: Ground, tell: Told) -> Result:
     model = load(config.model, config.lora, config.seed)
     tell("scoring every record under every adapter")
     scores = scored(config, model, found, adapters)
-    private = with_privacy(config)
-    return result(private, claimed(private, model.read()), scores, published(adapters[PRIVATE, ""]))
+    epsilon = claimed(with_privacy(config), model.read())
+    return result(config, epsilon, scores, published(adapters[PRIVATE, ""]))
 
 
 Arms = Mapping[tuple[str, str], tuple[Scores, Scores]]
@@ -119,11 +121,15 @@ def _units(records: Sequence[Record], model: LoraModel, config: Config) -> list[
     return [Unit(examples) for examples in examples_of(records, model.tokenizer, config.train).by_record]
 
 
-def result(private: Config, epsilon: float, scores: Arms, note: str) -> Result:
-    """What the scores come to. private: the private arm, which claims `epsilon`. note: what has to be said of it."""
-    delta = private.privacy.delta
-    proved = max(rates(*scores[PRIVATE, kind]).epsilon(delta) for kind in (LOSS, RATIO))
-    verdict: Verdict = "held" if proved <= epsilon else "broken"
+def result(config: Config, epsilon: float, scores: Arms, note: str) -> Result:
+    """What the scores come to. config: of the run that is attacked. epsilon: what the private arm claims. note: what
+    has to be said of that arm.
+    """
+    privacy, (own, other) = with_privacy(config).privacy, own_and_other(config)
+    delta = privacy.delta
+    # Bonferroni: the better of two tests is told, so that each has half of what is left open.
+    each = 1 - (1 - CONFIDENCE) / len(KINDS)
+    proved = max(rates(*scores[PRIVATE, kind], each).epsilon(delta) for kind in KINDS)
     measures = []
     for (arm, kind), (members, others) in scores.items():
         spread = math.sqrt((len(members) + len(others) + 1) / (12 * len(members) * len(others)))
@@ -131,17 +137,20 @@ def result(private: Config, epsilon: float, scores: Arms, note: str) -> Result:
         said = "; ".join(part for part in (chance, note if arm == PRIVATE else "") if part)
         measures.append(Measure(arm, f"AUC, {kind}", auc(members, others), said))
         measures.append(Measure(arm, f"TPR at 1 % FPR, {kind}", hits_at(members, others, FALSE), f"chance {FALSE:g}"))
-    measures.append(Measure(PRIVATE, "epsilon at least", proved, f"95 %, claimed {epsilon:.2f} at {delta:g}"))
+    measures.append(
+        Measure(PRIVATE, "epsilon at least", proved, f"{100 * CONFIDENCE:g} %, claimed {epsilon:.2f} at {delta:g}")
+    )
 
     def best(arm: str) -> float:
-        return max(auc(*scores[arm, kind]) for kind in (LOSS, RATIO))
+        return max(auc(*scores[arm, kind]) for kind in KINDS)
 
-    return Result(
+    return judged(
         NAME,
-        f"With differential privacy, every {private.privacy.mode} has epsilon = {epsilon:.2f} at delta = {delta:g};"
-        " without, nothing is promised.",
-        f"Told apart with an AUC of {best(LOCAL):.2f} when trained alone, {best(FEDERATED):.2f} federated,"
-        f" {best(PRIVATE):.2f} with differential privacy; the base model, which saw none, gives {best(BASE):.2f}.",
-        verdict,
-        tuple(measures),
+        "differential privacy",
+        promised=own == PRIVATE,
+        kept=proved <= epsilon,
+        claim=f"With differential privacy, every {privacy.mode} has epsilon = {epsilon:.2f} at delta = {delta:g}.",
+        finding=f"This run's own adapter tells members apart with an AUC of {best(own):.2f}; {IN_WORDS[other]} it is"
+        f" {best(other):.2f}, trained alone {best(LOCAL):.2f}, and {best(BASE):.2f} by the base model, which saw none.",
+        measures=measures,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from common.files import write_text
 from simulations.layout import RunDirectory
 
 Verdict = Literal["held", "broken", "not promised"]
+Guard = Literal["differential privacy", "secure aggregation"]
+"""What a claim rests on."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Measure:
 class Result:
     """One attack. claim: what is promised, in a sentence. finding: what was found, in a sentence.
 
-    verdict: `held` says that this attack did not get past the claim, and no more.
+    verdict: of the run that was attacked, as `judged` has it. `held` says that this attack did not get past the claim,
+    and no more.
     """
 
     attack: str
@@ -59,6 +62,22 @@ class Result:
         for measure in self.measures:
             table.add_row(measure.of, measure.what, f"{measure.value:.4g}", measure.note)
         return table
+
+
+def judged(
+    attack: str, guard: Guard, promised: bool, kept: bool, claim: str, finding: str, measures: Sequence[Measure]
+) -> Result:
+    """The result of an attack on a run that may be without what the claim rests on.
+
+    guard: that. promised: whether the run has it; where it has not, it was tried beside the run, and what came of that
+    is never `held` of the run. kept: whether the claim withstood the attack where the guard is. claim: what it
+    promises. finding: begins with what was found about the run itself.
+    """
+    if not promised:
+        claim = f"This run has no {guard} and promises nothing against this attack. {claim}"
+        finding += f" The same with {guard}, which is not this run, {'held' if kept else 'was BROKEN'}."
+    verdict: Verdict = "broken" if not kept else "held" if promised else "not promised"
+    return Result(attack, claim, finding, verdict, tuple(measures))
 
 
 Told = Callable[[str], None]

@@ -8,11 +8,13 @@ in standard deviations is all there is to know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import chi2
 
 from client.private_training import NoisedStep, train_privately
 from client.state import LocalState
@@ -36,6 +38,10 @@ SIGMA = 1.0
 """Noise multiplier of the steps. The code is the same for each; at this one, a few hundred steps tell much."""
 
 CONFIDENCE = 0.99
+"""Of each of the two facts that chance has a part in: how far steps are told apart, and their noise."""
+
+ROUNDING = 1e-3
+"""What a unit may reach beyond the clip, over it: float32 carries the sum."""
 
 _OTHERS = 8
 _SHORT = 4  # tokens of each of them
@@ -49,7 +55,8 @@ class Steps:
 
     reach: how far the canary moves a sum without noise, over the clip; at most 1 where everything is clipped as it
     should be. mu: how many standard deviations it moves one with noise, at least, with `CONFIDENCE`; 1 / SIGMA at most.
-    noise: standard deviation of the noise along the canary, over what is claimed. trials: steps of each kind.
+    noise: standard deviation of the noise along the canary, over what is claimed, from both kinds of step. trials:
+    steps of each kind.
     """
 
     reach: float
@@ -58,9 +65,17 @@ class Steps:
     trials: int
 
     @property
+    def least_noise(self) -> float:
+        """What `noise` that is as claimed stays above with `CONFIDENCE`: its square times its degrees of freedom is
+        chi-square, and each kind of step gave one up for its mean.
+        """
+        freedom = 2 * (self.trials - 1)
+        return math.sqrt(float(chi2.ppf(1 - CONFIDENCE, freedom)) / freedom)
+
+    @property
     def holds(self) -> bool:
-        """Whether nothing contradicts the claim."""
-        return self.mu <= 1 / SIGMA
+        """Whether nothing contradicts the claim: neither how far steps are told apart, nor the clip, nor the noise."""
+        return self.mu <= 1 / SIGMA and self.reach <= 1 + ROUNDING and self.noise >= self.least_noise
 
 
 def audit(release: Release, trials: int, seed: int) -> Steps:

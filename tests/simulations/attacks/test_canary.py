@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.adapter import Adapter
-from common.config import PrivacyConfig
+from common.config import Config, PrivacyConfig
 from common.config_files import load
 from common.errors import ConfigError
 from common.models import LoraModel
 from common.privacy.accounting import Event, epsilon
 from simulations.attacks import canary
+from simulations.attacks.arms import Ground
 from simulations.attacks.bounds import OneRun, auc
+from simulations.attacks.result import Result
 from simulations.attacks.single_step import Steps
+from simulations.layout import RunDirectory
 
 CONFIG = load("smoke")
 KEPT = Steps(reach=1.0, mu=0.7, noise=1.0, trials=300)
@@ -62,6 +66,11 @@ def test_canaries_are_all_different_and_nobody_elses(model: LoraModel) -> None:
     assert not {token for unit in units for token in unit.examples[0].ids[1:]} & set(model.tokenizer.all_special_ids)
 
 
+def judged(config: Config, proved: float, power: float, steps: Steps) -> Result:
+    found = {canary.NOISED: (OneRun(proved, 40, 30), 0.6), canary.SILENT: (OneRun(power, 40, 39), 0.9)}
+    return canary.result(config, canary.claim_of(canary.audited(config)), 400, found, steps)
+
+
 @pytest.mark.parametrize(
     ("proved", "power", "steps", "verdict", "words"),
     [
@@ -69,13 +78,39 @@ def test_canaries_are_all_different_and_nobody_elses(model: LoraModel) -> None:
         (0.4, 0.6, KEPT, "held", "too weak"),
         (1.4, 2.0, KEPT, "broken", "at least 1.40"),
         (0.4, 2.0, replace(KEPT, mu=1.7), "broken", "CONTRADICT"),
+        (0.4, 2.0, replace(KEPT, reach=1.2), "broken", "CONTRADICT"),
+        (0.4, 2.0, replace(KEPT, noise=0.85), "broken", "CONTRADICT"),
     ],
 )
 def test_verdicts(proved: float, power: float, steps: Steps, verdict: str, words: str) -> None:
-    config = canary.audited(CONFIG)
-    found = {canary.NOISED: (OneRun(proved, 40, 30), 0.6), canary.SILENT: (OneRun(power, 40, 39), 0.9)}
-    result = canary.result(config, canary.claim_of(config), 400, found, steps)
+    result = judged(canary.audited(CONFIG), proved, power, steps)
     assert result.verdict == verdict
     assert words in result.finding
     assert result.value(canary.NOISED, "epsilon at least") == proved
     assert all(np.isfinite(measure["value"]) for measure in result.as_dict()["measures"])
+
+
+@pytest.mark.parametrize(
+    ("proved", "power", "steps", "verdict", "words"),
+    [
+        (0.4, 2.0, KEPT, "not promised", "not this run, held."),
+        (1.4, 2.0, KEPT, "broken", "not this run, was BROKEN."),
+        (0.4, 2.0, replace(KEPT, mu=1.7), "broken", "not this run, was BROKEN."),
+    ],
+)
+def test_a_run_without_privacy_is_promised_nothing(
+    proved: float, power: float, steps: Steps, verdict: str, words: str
+) -> None:
+    result = judged(CONFIG, proved, power, steps)
+    assert result.verdict == verdict
+    assert "no differential privacy and promises nothing" in result.claim
+    assert f"no noise, of which this run adds none, proves epsilon of at least {power:.2f}" in result.finding
+    assert f"with the noise of epsilon 1.00 the same audit proves {proved:.2f}" in result.finding
+    assert result.finding.endswith(f"The same with differential privacy, which is {words}")
+
+
+def test_what_is_judged_is_the_run_that_is_attacked(tmp_path: Path) -> None:
+    """A whole audit, small: it trains privately all the same, and the run's own configuration decides."""
+    result = canary.attack(Ground(CONFIG, RunDirectory.at(tmp_path)), lambda _: None, canaries=20, trials=8)
+    assert result.verdict == "not promised"
+    assert result.value(canary.NOISED, "epsilon claimed") > 0

@@ -19,10 +19,11 @@ from common.examples import examples_of
 from common.models import LoraModel
 from common.records import read_jsonl
 from simulations.attacks import coordinator
-from simulations.attacks.arms import open_ground
+from simulations.attacks.arms import open_ground, with_privacy
 from simulations.attacks.coordinator import (
     CLEAR,
     DIFFERENCE,
+    DP,
     MASKED,
     SUM,
     Success,
@@ -96,14 +97,47 @@ def test_rankings_by_hand() -> None:
     assert 0 < spread < by_chance(200, 1, 1)[1]
 
 
+CHANCE = (0.12, 0.01)
+FOUND = {
+    CLEAR: Success(0.4, 0.4, 0.5),
+    DP: Success(0.2, 0.2, 0.1),
+    MASKED: Success(0.13, 0.1, 0.0),
+    SUM: Success(0.15, 0.1, 0.1),
+}
+READ = {**FOUND, MASKED: Success(0.31, 0.3, 0.3)}
+IN_THE_CLEAR = replace(CONFIG, secure_aggregation=replace(CONFIG.secure_aggregation, enabled=False))
+
+
 def test_verdicts() -> None:
-    chance = (0.12, 0.01)
-    found = {CLEAR: Success(0.4, 0.4, 0.5), MASKED: Success(0.13, 0.1, 0.0), SUM: Success(0.15, 0.1, 0.1)}
-    held = coordinator.result(found, chance, 180)
+    held = coordinator.result(CONFIG, FOUND, CHANCE, 180)
     assert held.verdict == "held"
+    assert "0.13 from its masked vector, which is what it sends in this run (chance 0.12); 0.40 from" in held.finding
     assert "are refused" in held.finding
-    assert (
-        "0.30 from two sums" in coordinator.result({**found, DIFFERENCE: Success(0.3, 0.3, 0.3)}, chance, 180).finding
-    )
-    seen = coordinator.result({**found, MASKED: Success(0.3, 0.3, 0.3)}, chance, 180)
-    assert seen.verdict == "broken"
+    both = coordinator.result(CONFIG, {**FOUND, DIFFERENCE: Success(0.3, 0.3, 0.3)}, CHANCE, 180)
+    assert "0.30 from two sums" in both.finding
+    assert "are refused" not in both.finding
+    assert coordinator.result(CONFIG, READ, CHANCE, 180).verdict == "broken"
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "words"),
+    [(FOUND, "not promised", "not this run, held."), (READ, "broken", "not this run, was BROKEN.")],
+)
+def test_a_run_in_the_clear_is_promised_nothing(found: dict[str, Success], verdict: str, words: str) -> None:
+    """Its coordinator has updates, noised ones where they are private; masks were on in another run."""
+    for config, own in (
+        (IN_THE_CLEAR, "0.40 from its update,"),
+        (with_privacy(IN_THE_CLEAR), "0.20 from its noised update,"),
+    ):
+        result = coordinator.result(config, found, CHANCE, 180)
+        assert result.verdict == verdict
+        assert "no secure aggregation and promises nothing" in result.claim
+        assert f"{own} which is what it sends in this run" in result.finding
+        assert result.finding.endswith(f"The same with secure aggregation, which is {words}")
+
+
+def test_what_is_judged_is_the_run_that_is_attacked(tmp_path: Path) -> None:
+    """A whole attack on one without masks, which sees a masked round all the same."""
+    result = coordinator.attack(open_ground(IN_THE_CLEAR, tmp_path), lambda _: None)
+    assert result.verdict == "not promised"
+    assert f"{result.value(CLEAR, 'average precision'):.2f} from its update, which" in result.finding

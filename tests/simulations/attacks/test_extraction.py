@@ -74,6 +74,23 @@ def test_a_secret_that_should_not_be_said_breaks_the_claim(epsilon: float, verdi
     found = dict.fromkeys((BASE, LOCAL, FEDERATED), silent) | {PRIVATE: [(True, 8.0), *silent[1:]]}
     result = extraction.result(with_privacy(CONFIG), epsilon, secrets, found, "")
     assert result.verdict == verdict
-    assert "1 under differential privacy" in result.finding
+    assert "its adapter says 1 of them; without differential privacy 0 are said" in result.finding
     assert result.value(PRIVATE, "said, x1") == 1 / EACH
     assert extraction.result(with_privacy(CONFIG), epsilon, secrets, {**found, PRIVATE: silent}, "").verdict == "held"
+
+
+@pytest.mark.parametrize(
+    ("private_says", "verdict", "words"),
+    [(False, "not promised", "not this run, held."), (True, "broken", "not this run, was BROKEN.")],
+)
+def test_a_run_without_privacy_is_promised_nothing(private_says: bool, verdict: str, words: str) -> None:
+    """Its own adapter says 11 of 12; the private arm, which is another run, withstands or not."""
+    secrets = secrets_of(1)
+    silent = [(False, 1.0)] * len(secrets)
+    own, beside = [*[(True, 8.0)] * 11, silent[0]], [(private_says, 8.0), *silent[1:]]
+    found = dict.fromkeys((BASE, LOCAL), silent) | {FEDERATED: own, PRIVATE: beside}
+    result = extraction.result(CONFIG, 2.0, secrets, found, "")
+    assert result.verdict == verdict
+    assert "no differential privacy and promises nothing" in result.claim
+    assert f"its adapter says 11 of them; under differential privacy {private_says:d} are said" in result.finding
+    assert result.finding.endswith(f"The same with differential privacy, which is {words}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,13 +76,47 @@ def test_what_was_learned_by_heart_is_told_apart(model: LoraModel, start: Adapte
     assert result.value(LOCAL, "AUC, likelihood ratio") == curves[LOCAL, RATIO]
 
 
+# Every value twice, so that the half that chooses the threshold and the half that proves it are the same.
+ALIKE = (np.repeat(np.arange(100.0), 2), np.repeat(np.arange(100.0), 2))
+APART = (ALIKE[0] + 300, ALIKE[1])
+
+
+def scores_of(arm: str, kind: str) -> membership.Arms:
+    """Members are told from others in one arm by one kind of score, and nowhere else."""
+    arms = {(of, by): ALIKE for of in (BASE, LOCAL, FEDERATED, PRIVATE) for by in (LOSS, RATIO)}
+    return arms | {(arm, kind): APART}
+
+
 @pytest.mark.parametrize(("epsilon", "verdict"), [(1.0, "broken"), (8.0, "held")])
 def test_a_claim_that_the_rates_forbid_is_broken(epsilon: float, verdict: str) -> None:
-    apart = (np.arange(200.0) + 300, np.arange(200.0))
-    alike_ = (np.arange(200.0), np.arange(200.0))
-    scores = {(arm, kind): alike_ for arm in (BASE, LOCAL, FEDERATED, PRIVATE) for kind in (LOSS, RATIO)}
-    scores[PRIVATE, RATIO] = apart
-    result = membership.result(with_privacy(CONFIG), epsilon, scores, "")
+    result = membership.result(with_privacy(CONFIG), epsilon, scores_of(PRIVATE, RATIO), "")
     assert result.verdict == verdict
     assert 2.5 < result.value(PRIVATE, "epsilon at least") < 3.5  # 100 of 100 against 0 or 1 of 100
     assert result.value(PRIVATE, "TPR at 1 % FPR, likelihood ratio") == 1
+    assert "This run's own adapter tells members apart with an AUC of 1.00" in result.finding
+
+
+@pytest.mark.parametrize(
+    ("arm", "own", "verdict", "words"),
+    [
+        (FEDERATED, "1.00", "not promised", "not this run, held."),
+        (PRIVATE, "0.50", "broken", "not this run, was BROKEN."),
+    ],
+)
+def test_a_run_without_privacy_is_promised_nothing(arm: str, own: str, verdict: str, words: str) -> None:
+    """Whatever the private arm beside it withstands; where that arm's claim breaks, it is said."""
+    result = membership.result(CONFIG, 1.0, scores_of(arm, LOSS), "")
+    assert result.verdict == verdict
+    assert "no differential privacy and promises nothing" in result.claim
+    assert f"This run's own adapter tells members apart with an AUC of {own}" in result.finding
+    assert result.finding.endswith(f"The same with differential privacy, which is {words}")
+
+
+@pytest.mark.parametrize("kind", [LOSS, RATIO])
+def test_the_better_of_two_tests_holds_with_95_percent(kind: str) -> None:
+    """All of 100 against none of 100: an exact end is the 100th root of its tail, and four tails share the 5 %."""
+    private = with_privacy(CONFIG)
+    most = (0.05 / 4) ** (1 / 100)
+    expected = math.log((most - private.privacy.delta) / (1 - most))
+    result = membership.result(private, 8.0, scores_of(PRIVATE, kind), "")
+    assert result.value(PRIVATE, "epsilon at least") == pytest.approx(expected)

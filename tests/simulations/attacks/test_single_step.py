@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from common.errors import ConfigError
 from common.models import LoraModel
 from common.privacy.noise import NoiseSource, normals
 from common.text import packs
-from simulations.attacks.single_step import Release, audit, last_layer, real_steps, scene
+from simulations.attacks.single_step import Release, Steps, audit, last_layer, real_steps, scene
 
 
 @pytest.fixture
@@ -83,7 +85,16 @@ def gaussian(reach: float, sigma: float = 1.0) -> Release:
 
 
 @pytest.mark.parametrize(
-    ("reach", "sigma", "holds"), [(1.0, 1.0, True), (0.5, 1.0, True), (2.5, 1.0, False), (1.0, 0.4, False)]
+    ("reach", "sigma", "holds"),
+    [
+        (1.0, 1.0, True),
+        (0.5, 1.0, True),
+        (1.0, 1.3, True),
+        (2.5, 1.0, False),
+        (1.0, 0.4, False),
+        (1.2, 1.0, False),
+        (1.0, 0.85, False),
+    ],
 )
 def test_what_is_told_apart_too_well_does_not_hold(reach: float, sigma: float, holds: bool) -> None:
     found = audit(gaussian(reach, sigma), trials=300, seed=3)
@@ -92,8 +103,28 @@ def test_what_is_told_apart_too_well_does_not_hold(reach: float, sigma: float, h
     assert found.noise == pytest.approx(sigma, rel=0.1)
 
 
+RIGHT = Steps(reach=1.0, mu=0.7, noise=1.0, trials=16)
+
+
+@pytest.mark.parametrize(
+    ("steps", "holds"),
+    [
+        (RIGHT, True),
+        (replace(RIGHT, mu=1.01), False),
+        (replace(RIGHT, reach=1.0009), True),
+        (replace(RIGHT, reach=1.0011), False),
+        # 14.953 is the hundredth part's end of chi-square with 30 degrees of freedom, in every table.
+        (replace(RIGHT, noise=math.sqrt(14.96 / 30)), True),
+        (replace(RIGHT, noise=math.sqrt(14.94 / 30)), False),
+        (replace(RIGHT, noise=5.0), True),
+    ],
+)
+def test_each_fact_that_contradicts_the_claim_is_enough(steps: Steps, holds: bool) -> None:
+    assert steps.holds is holds
+
+
 def test_the_right_noise_is_blamed_rarely() -> None:
-    """A bound that holds with 99 % at each of two ends."""
+    """Bounds that hold with 99 %: of the distance, whose rates would both have to be off, and of the noise."""
     blamed = sum(not audit(gaussian(1.0), trials=100, seed=seed).holds for seed in range(60))
     assert blamed <= 2
 
