@@ -51,9 +51,8 @@ def draw(results: Sequence[Result], file: Path) -> None:
                 axis.set_title(f"four hospitals, {patients} patients each")
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.yaxis.set_minor_formatter("{x:g}")
-    figure.legend(
-        *axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(sizes), fontsize="small"
-    )
+    named = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=2 * len(sizes), fontsize="small")
     write_atomically(file, lambda place: figure.savefig(place, format="png", dpi=110))
 
 
