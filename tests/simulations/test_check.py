@@ -175,7 +175,7 @@ def test_a_delta_that_means_nothing_is_warned_of() -> None:
     private = ("privacy.mode=patient", "privacy.noise_multiplier=2", "federation.weighting=uniform")
     found = json.loads(check("smoke", *private, "privacy.delta=0.05", "--json").stdout)
     assert (found["ready"], len(found["warnings"])) == (False, 1)
-    assert found["warnings"][0].startswith("privacy.delta: found 0.05 for 10 patients that riverside trains on")
+    assert found["warnings"][0].startswith("privacy.delta: found 0.05 for 14 patients that lakeside trains on")
     assert json.loads(check("smoke", *private, "privacy.delta=0.01", "--json").stdout)["ready"]
 
 
