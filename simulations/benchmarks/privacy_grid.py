@@ -377,7 +377,9 @@ def _sorted(results: Iterable[Result]) -> list[Result]:
 
 
 def _require_same(root: Path, overrides: Sequence[str]) -> None:
+    """A results file without word of overrides, such as the published one, has none."""
     file = root / "overrides.json"
-    if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8"))) != list(overrides):
-        raise ConfigError(f"{root} holds points with {kept or 'no overrides'}; name the same, or choose another --out")
+    held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    if (file.exists() or (root / RESULTS).exists()) and held != list(overrides):
+        raise ConfigError(f"{root} holds points with {held or 'no overrides'}; name the same, or choose another --out")
     write_json(file, list(overrides))

@@ -135,6 +135,9 @@ def test_what_a_results_file_has_is_not_run_again(tmp_path: Path) -> None:
     """A grid goes on from its privacy.json alone, on another machine, say; what was not asked for stays in it."""
     held = [made(2.0), made(1.5, replace(PRIVATE, epsilon=4.0))]
     (tmp_path / "privacy.json").write_text(json.dumps({"points": [result.as_dict() for result in held]}))
+    with pytest.raises(ConfigError, match="holds points with no overrides"):
+        privacy_grid.run_points((PRIVATE,), tmp_path, Console(quiet=True), QUICK)
+    (tmp_path / "overrides.json").write_text(json.dumps(QUICK))
     seen: list[list[Point]] = []
     asked = (PRIVATE, replace(PRIVATE, arm="summit"))
     console = Console(quiet=True)
@@ -150,7 +153,7 @@ def test_what_a_results_file_has_is_not_run_again(tmp_path: Path) -> None:
 def test_a_results_file_of_something_else_is_named_and_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "privacy.json").write_text(text)
     with pytest.raises(ConfigError, match=r"privacy\.json: expected what `bench privacy` writes"):
-        privacy_grid.run_points((PRIVATE,), tmp_path, Console(quiet=True), QUICK)
+        privacy_grid.run_points((PRIVATE,), tmp_path, Console(quiet=True))
     assert (tmp_path / "privacy.json").read_text() == text
     assert not (tmp_path / "records").exists()
 
