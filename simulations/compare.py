@@ -98,7 +98,7 @@ def run_arm(config: Config, directory: RunDirectory, arm: str) -> Progress:
 def score(
     config: Config, directory: RunDirectory, bench: Bench, adapter: Path | None, homes: Sequence[str]
 ) -> ArmScores:
-    """Reads the test records once, for one arm: everybody's, and the own ones of the institutions `homes`.
+    """Reads the test records once, for one adapter: everybody's, and the own ones of the institutions `homes`.
 
     Without an adapter it is the base model that is scored.
     """
@@ -108,6 +108,24 @@ def score(
         everyone=bench.scores(found, bench.read(directory.central(config, "test"))),
         own={name: bench.scores(found, bench.read(records / name / "test.jsonl")) for name in homes},
     )
+
+
+def score_arm(config: Config, directory: RunDirectory, bench: Bench, arm: str, progress: Progress | None) -> ArmScores:
+    """Reads the test records once, for one reference arm; progress: None where it stopped early.
+
+    Everybody's with the adapter of the round that everybody's validation records chose. At home an institution that
+    trains alone would choose by its own validation records, so there the last round stands beside that one.
+    """
+    file = directory.arms / arm / "adapter"
+    published = load_adapter(file) if file.exists() else bench.start
+    everyone = bench.scores(published, bench.read(directory.central(config, "test")))
+    if arm == POOLED:
+        return ArmScores(everyone, {})
+    home, quick = directory.records(config) / arm, replace(bench, exact=())
+    validation = bench.read(home / "validation.jsonl")
+    candidates = [published] if progress is None else [published, progress.adapter]
+    chosen = min(candidates, key=lambda adapter: quick.scores(adapter, validation).perplexity)
+    return ArmScores(everyone, {arm: bench.scores(chosen, bench.read(home / "test.jsonl"))})
 
 
 def gap_closed(local_best: float, federated: float, pooled: float) -> float | None:
@@ -122,15 +140,12 @@ def _arm_process(config: Config, root: Path, arm: str) -> tuple[str, ArmScores]:
 
     torch.set_num_threads(config.simulation.threads)
     directory = RunDirectory(root)
-    stopped = ""
+    stopped, progress = "", None
     try:
-        run_arm(config, directory, arm)
+        progress = run_arm(config, directory, arm)
     except RunStopped as error:
         stopped = str(error)
-    adapter = directory.arms / arm / "adapter"
-    homes = [] if arm == POOLED else [arm]
-    scores = score(config, directory, Bench.of(config), adapter if adapter.exists() else None, homes)
-    return arm, replace(scores, stopped=stopped)
+    return arm, replace(score_arm(config, directory, Bench.of(config), arm, progress), stopped=stopped)
 
 
 def run_arms(config: Config, directory: RunDirectory, on_arm: Callable[[str, ArmScores], None]) -> dict[str, ArmScores]:

@@ -25,9 +25,7 @@ from rich.console import Console
 from common import config_files
 from common.config import COORDINATOR, Config
 from common.errors import ConfigError, RunStopped
-from common.evaluation import Scores
 from common.files import storage_errors, write_json
-from common.models import load_adapter
 from common.privacy.mechanism import steps_per_round
 from common.records import Record
 from server.coordinator import Bench
@@ -74,7 +72,7 @@ class Result:
     """What came of a point, on test records.
 
     everyone: scores on everybody's test. own: perplexity on each hospital's own; where one trained alone, on its own,
-    of the adapter that its own validation records prefer (`_at_home`). base: the base model's scores on everybody's.
+    of the adapter that its own validation records prefer (`score_arm`). base: the base model's scores on everybody's.
     best_round: whose adapter `everyone` is of. seconds: of one core. stopped: why it ended early.
     """
 
@@ -275,16 +273,17 @@ def run_point(point: Point, root: Path, overrides: Sequence[str] = ()) -> Result
         progress = _train(point, config, place)
     except RunStopped as error:
         stopped = str(error)
-    trained = (place.root if point.arm == FEDERATED else place.arms / point.arm) / "adapter"
     bench = Bench.of(replace(config, evaluation=replace(config.evaluation, exact=["coding"])))
-    together = point.arm == FEDERATED
-    found = compare.score(config, place, bench, trained if trained.exists() else None, config.data.names * together)
-    own = found.own if together else {point.arm: _at_home(bench, place.records(config) / point.arm, trained, progress)}
+    if point.arm == FEDERATED:
+        trained = place.root / "adapter"
+        found = compare.score(config, place, bench, trained if trained.exists() else None, config.data.names)
+    else:
+        found = compare.score_arm(config, place, bench, point.arm, progress)
     base = bench.scores(bench.start, bench.read(place.central(config, "test")))
     result = Result(
         point=point,
         everyone=found.everyone.as_dict(),
-        own={name: scores.as_dict()["perplexity"] for name, scores in own.items()},
+        own={name: scores.as_dict()["perplexity"] for name, scores in found.own.items()},
         base=base.as_dict(),
         best_round=progress.best_round if progress else 0,
         seconds=round(time.process_time() - began, 1),
@@ -298,19 +297,6 @@ def _train(point: Point, config: Config, place: RunDirectory) -> Progress:
     if point.arm != FEDERATED:
         return compare.run_arm(config, place, point.arm)
     return federate(config, place, place.records(config), place.central(config, "validation"))
-
-
-def _at_home(bench: Bench, records: Path, published: Path, progress: Progress | None) -> Scores:
-    """A hospital alone on its own test, of the adapter that its own validation records prefer.
-
-    It would choose by those, and not by everybody's: so the last round stands beside the one that was published.
-    """
-    adapters = [load_adapter(published) if published.exists() else bench.start]
-    if progress is not None:
-        adapters.append(progress.adapter)
-    quick, own = replace(bench, exact=()), bench.read(records / "validation.jsonl")
-    chosen = min(adapters, key=lambda adapter: quick.scores(adapter, own).perplexity)
-    return quick.scores(chosen, bench.read(records / "test.jsonl"))
 
 
 def run_points(

@@ -8,17 +8,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.adapter import Adapter
 from common.config import POOLED, ArmConfig, PrivacyConfig, TrackingConfig
 from common.config_files import load
 from common.errors import RunStopped
+from common.models import save_adapter
 from common.privacy.accounting import Event
 from common.privacy.mechanism import round_event
 from common.records import read_jsonl
-from simulations.compare import arm_config, gap_closed, run_arm, write_pooled
+from server.coordinator import Bench
+from server.rounds import Progress
+from simulations.compare import arm_config, gap_closed, run_arm, score_arm, write_pooled
 from simulations.generate import federation as generator
 from simulations.layout import RunDirectory
 
@@ -109,6 +114,30 @@ def test_pooled_holds_everybodys_training_records_and_no_test_record(tmp_path: P
     )
     held_out = {record for splits in federation.institutions.values() for record in (*splits.validation, *splits.test)}
     assert not held_out & set(pooled)
+
+
+@pytest.mark.parametrize("worse", ["published", "last"])
+def test_alone_at_home_counts_the_round_that_its_own_validation_prefers(worse: str, tmp_path: Path) -> None:
+    """On everybody's test it is the published round, whichever is better at home."""
+    directory = RunDirectory.at(tmp_path)
+    generator.write(generator.generate(CONFIG.data), directory.records(CONFIG))
+    bench = replace(Bench.of(CONFIG), exact=())
+    noisy = Adapter({key: factor + np.float32(0.2) for key, factor in bench.start.factors.items()})
+    published, last = (noisy, bench.start) if worse == "published" else (bench.start, noisy)
+    save_adapter(published, CONFIG.lora, "embedded", directory.arms / "lakeside" / "adapter")
+    found = score_arm(CONFIG, directory, bench, "lakeside", Progress(last, published))
+    own = bench.read(directory.records(CONFIG) / "lakeside" / "test.jsonl")
+    assert found.own["lakeside"] == bench.scores(bench.start, own) != bench.scores(noisy, own)
+    assert found.everyone == bench.scores(published, bench.read(directory.central(CONFIG, "test")))
+    stopped = score_arm(CONFIG, directory, bench, "lakeside", None)
+    assert stopped.own["lakeside"] == bench.scores(published, own)
+
+
+def test_the_pooled_arm_has_no_home(tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path)
+    generator.write(generator.generate(CONFIG.data), directory.records(CONFIG))
+    bench = replace(Bench.of(CONFIG), exact=())
+    assert score_arm(CONFIG, directory, bench, POOLED, Progress(bench.start, bench.start)).own == {}
 
 
 def test_no_worker_outlives_a_killed_command() -> None:

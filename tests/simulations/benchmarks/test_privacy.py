@@ -8,18 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from common.adapter import Adapter
 from common.errors import ConfigError
-from common.models import save_adapter
 from common.records import read_jsonl
-from server.coordinator import Bench
-from server.rounds import Progress
 from simulations.benchmarks import privacy, privacy_grid
 from simulations.benchmarks.privacy_grid import FEDERATED, METHODS, MODES, WITHOUT, Point, Result
 from simulations.benchmarks.privacy_plot import draw
@@ -184,19 +179,6 @@ def test_the_benchmark_times_steps_runs_its_points_and_keeps_what_it_prints(
     assert found["speedup_vs_opacus_padded"] > 0
     assert found["progress_share_eps8_patient"] is None  # nothing was run without privacy
     assert (tmp_path / "privacy.png").exists()
-
-
-@pytest.mark.parametrize("worse", ["published", "last"])
-def test_a_hospital_alone_is_scored_at_home_by_what_its_own_validation_prefers(worse: str, tmp_path: Path) -> None:
-    records = privacy_grid.records_of(tmp_path, 8, 1, QUICK) / "summit"
-    config = privacy_grid.config_of(PRIVATE, records.parent, QUICK)
-    bench = Bench.of(config)
-    noisy = Adapter({key: factor + np.float32(0.2) for key, factor in bench.start.factors.items()})
-    published, last = (noisy, bench.start) if worse == "published" else (bench.start, noisy)
-    save_adapter(published, config.lora, "embedded", tmp_path / "adapter")
-    found = privacy_grid._at_home(bench, records, tmp_path / "adapter", Progress(last, published))
-    test = bench.read(records / "test.jsonl")
-    assert found.perplexity == bench.scores(bench.start, test).perplexity < bench.scores(noisy, test).perplexity
 
 
 @given(
