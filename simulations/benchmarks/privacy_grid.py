@@ -209,7 +209,7 @@ def _settings(point: Point) -> dict[str, Any]:
         # Lots of as many patients as there are to hide among, and smaller steps.
         found |= {"federation.rounds": 8, "train.passes_per_round": 1.0, "privacy.sampling_rate": 0.25}
         if point.mode in ("patient", "record"):
-            found["train.learning_rate"] = 2e-2
+            found |= {"train.learning_rate": 2e-2, "compare.local.learning_rate": 1e-2}
         if point.mode == "distributed":
             found["federation.server_optimizer.learning_rate"] = 5e-3
     return found
