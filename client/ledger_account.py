@@ -38,8 +38,8 @@ class Point:
 class Account:
     """A population's part, as `ledger.spent_by` tells it.
 
-    units: what its epsilon speaks of. others: populations under whose names a part of it was spent; each counts it as
-    well. left: below the budget; None without one.
+    units: what its epsilon speaks of; where nothing was spent, what its budget does. others: populations under whose
+    names a part of it was spent; each counts it as well. left: below the budget; None without one.
     """
 
     population: Population
@@ -71,7 +71,7 @@ def account(spent: Sequence[Spent], population: Population, points: int) -> Acco
     first = {entry.run: entry.number for entry in reversed(spent)}
     return Account(
         population=population,
-        units=units_in(spent),
+        units=units_in(spent, *_budgeted(population, spent)),
         others=tuple(sorted({entry.population for entry in spent} - {population.name})),
         updates=last,
         epsilon=total,
@@ -85,6 +85,11 @@ def account(spent: Sequence[Spent], population: Population, points: int) -> Acco
             for number in moments(last, points)
         ),
     )
+
+
+def _budgeted(population: Population, spent: Sequence[Spent]) -> list[str]:
+    """The units of the modes that a budget is open to, as long as nothing says which of them it went to."""
+    return [UNITS[mode] for mode in population.modes] if population.limited and not spent else []
 
 
 def _run(entry: Spent) -> str:

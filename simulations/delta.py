@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from common.config import Config
-from common.privacy.delta import delta_warning
+from common.privacy.delta import about_institutions, delta_warning
 from common.privacy.mechanism import UNITS
 from common.records import Record
 
@@ -20,11 +20,9 @@ def about_delta(config: Config, training: Callable[[str], Sequence[Record]]) -> 
         return None
     unit = UNITS[config.privacy.mode]
     if unit == "institution":
-        count, whose = len(config.data.names), "in the run"
-    else:
-        count, name = max((_units(training(name), unit), name) for name in config.data.names)
-        whose = f"that {name} trains on, the most of all"
-    return delta_warning("privacy.delta", config.privacy.delta, count, unit, whose)
+        return about_institutions(config.privacy, len(config.data.names))
+    count, name = max((_units(training(name), unit), name) for name in config.data.names)
+    return delta_warning("privacy.delta", config.privacy.delta, count, unit, f"that {name} trains on, the most of all")
 
 
 def _units(records: Sequence[Record], unit: str) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from decimal import ROUND_FLOOR, Context, Decimal
 
+from common.config import PrivacyConfig
+
 MARGIN = 10
 """Delta is to be at most 1 / (MARGIN x units)."""
 
@@ -15,6 +17,13 @@ MARGIN = 10
 def largest_delta(units: int) -> float:
     """The largest delta that means something among so many units, at least 1; rounded down to two digits."""
     return float(Context(prec=2, rounding=ROUND_FLOOR).divide(Decimal(1), Decimal(MARGIN * units)))
+
+
+def about_institutions(privacy: PrivacyConfig, institutions: int) -> str | None:
+    """What to mind of a run's delta where the institution is the unit; anybody can count those."""
+    if privacy.mode != "institution":
+        return None
+    return delta_warning("privacy.delta", privacy.delta, institutions, "institution", "in the run")
 
 
 def delta_warning(key: str, delta: float, units: int, unit: str, whose: str) -> str | None:

@@ -86,6 +86,12 @@ def test_an_account_says_what_is_spent_and_left_by_run(ledger: Ledger) -> None:
     assert clinic.others == ()
 
 
+def test_a_budget_that_nothing_was_spent_of_names_the_units_that_it_is_open_to() -> None:
+    (clinic,) = accounts([], POLICY, points=3)
+    assert (clinic.updates, clinic.units) == (0, ("institution", "patient"))
+    assert account([], POLICY.population_of("scans"), points=3).units == ()
+
+
 def test_accounts_and_forecasts_go_by_the_ties_that_the_ledger_knows(ledger: Ledger) -> None:
     """clinic was split, and notes are in no population any more."""
     entries = spend(ledger, *rounds("first", range(1, 4)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common.privacy.delta import delta_warning, largest_delta
+from common.config import PrivacyConfig
+from common.privacy.delta import about_institutions, delta_warning, largest_delta
 
 
 @pytest.mark.parametrize(("units", "largest"), [(1, 0.1), (3, 0.033), (60, 0.0016), (1000, 1e-4), (1022, 9.7e-5)])
@@ -41,3 +43,12 @@ def test_a_warning_says_what_was_found_what_was_expected_and_what_to_do() -> Non
     one = delta_warning("privacy.delta", 0.2, 1, "institution", "here")
     assert one is not None
     assert "for 1 institution here" in one
+
+
+def test_institutions_are_counted_where_they_are_the_unit_and_only_there() -> None:
+    asked = PrivacyConfig(mode="institution", noise_multiplier=1.0, delta=0.01)
+    assert about_institutions(asked, 10) is None
+    told = about_institutions(asked, 11)
+    assert told is not None
+    assert "found 0.01 for 11 institutions in the run; expected at most 0.009," in told
+    assert about_institutions(replace(asked, mode="patient"), 1000) is None
