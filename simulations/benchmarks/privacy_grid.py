@@ -3,7 +3,8 @@
 A point is one training run: so many patients at each of four hospitals, a seed, a mode, a method, an epsilon, and who
 trains: the federation, or one hospital alone. Points run the simulation's own code without its engine, as many at a
 time as the configuration has actors. One that is done is kept, in the directory's privacy.json, and one that was
-interrupted goes on from its last complete round. With equal patients all points have equal passes over each record.
+interrupted goes on from its last complete round. With equal patients all private points of a mode have equal passes
+over each record; without privacy fewer are enough.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def grid(patients: Sequence[int], seeds: Sequence[int], epsilons: Sequence[float
 
     In an order that tells most first: the headline, its mode and method at every epsilon, other modes and methods at
     the first epsilon, and the rest. A hospital alone has no sum to hide in: beside `distributed` stands `record`, and
-    beside `institution` nothing. Under privacy it trains by the first method only, which is the better one.
+    beside `institution` nothing. Under privacy it trains by the first method only.
     """
     found: list[Point] = []
     for seed, size in product(seeds, patients):
@@ -198,7 +199,7 @@ def _settings(point: Point) -> dict[str, Any]:
     if point.mode in ("none", "institution"):
         found |= _WITHOUT_NOISE | _ALONE_WITHOUT_NOISE | _WHOLE_PASSES
     elif point.method == "fedavg":
-        found["train.learning_rate"] = 1e-2
+        found["train.learning_rate"] = 1.8e-2
     if point.mode == "distributed":
         found |= {
             "federation.server_optimizer.name": "fedadam",
