@@ -199,7 +199,7 @@ def _settings(point: Point) -> dict[str, Any]:
     if point.mode in ("none", "institution"):
         found |= _WITHOUT_NOISE | _ALONE_WITHOUT_NOISE | _WHOLE_PASSES
     elif point.method == "fedavg":
-        found["train.learning_rate"] = 1.8e-2
+        found |= {"train.learning_rate": 1.8e-2, "compare.local.learning_rate": 1e-2}
     if point.mode == "distributed":
         found |= {
             "federation.server_optimizer.name": "fedadam",
