@@ -72,8 +72,8 @@ def figures(results: Sequence[Result]) -> dict[str, float | None]:
 
     progress_share_eps8_patient: log perplexity gained from the base on everybody's test, over what the better method
     without privacy gains. federated_vs_local_eps8: perplexity on everybody's test, over the best hospital's alone at
-    equal epsilon; federated_vs_local_own_eps8: of geometric means over each hospital's own test. None where a run is
-    missing.
+    equal epsilon; federated_vs_local_own_eps8: of geometric means over each hospital's own test, where each alone has
+    the better of the methods that were run. None where a run is missing.
     """
     patients = max((result.point.patients for result in results), default=0)
     here = [result for result in results if result.point.patients == patients]
@@ -88,10 +88,11 @@ def _of_seed(results: Sequence[Result]) -> dict[str, float | None]:
     alone = [r for r in private if r.point.arm != FEDERATED]
     without = best([r for r in results if r.point.epsilon == WITHOUT and r.point.arm == FEDERATED])
     local = best(alone)
+    at_home = [min((r for r in alone if r.point.arm == name), key=_at_home) for name in {r.point.arm for r in alone}]
     return {
         "progress_share_eps8_patient": progress(federated) / progress(without) if federated and without else None,
         "federated_vs_local_eps8": federated.perplexity / local.perplexity if federated and local else None,
-        "federated_vs_local_own_eps8": _at_home(federated) / _at_home(*alone) if federated and local else None,
+        "federated_vs_local_own_eps8": _at_home(federated) / _at_home(*at_home) if federated and local else None,
     }
 
 

@@ -210,6 +210,7 @@ def test_figures_by_hand() -> None:
         made(1.5, replace(without, method="ffa")),
         alone(2.5, "summit", own=3.0),
         alone(3.5, "lakeside", own=12.0),
+        made(3.4, replace(PRIVATE, arm="lakeside", method="fedavg"), own=20.0),  # at home the other is better
         made(1.1, replace(PRIVATE, epsilon=4.0)),  # of no account
         made(1.1, replace(PRIVATE, mode="record")),
     ]
