@@ -240,7 +240,7 @@ def secagg(
 def privacy(
     overrides: Overrides = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Every mode, method, epsilon and seed: half a day on two cores.")
+        bool, typer.Option("--full", help="Every mode, method, epsilon and seed: about 18 hours on two cores.")
     ] = False,
     patients: Annotated[
         str, typer.Option(metavar="N,N,...", help="Of each hospital; without --full the first one.")
