@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,10 +223,12 @@ def test_on_the_engine_secure_aggregation_changes_nothing_of_what_is_learned(hid
 
 
 def test_an_institution_is_played_by_one_process_and_then_by_another(hidden: Played) -> None:
-    asked = ["Hello", *["TrainRequest", "KeyList", "Inbox", "Survivors", "Consents"] * ROUNDS]
+    asked = ["TrainRequest", "KeyList", "Inbox", "Survivors", "Consents"] * ROUNDS
     processes = defaultdict[str, list[int]](list)
     for name in NAMES:
-        noted = hidden.noted(name)
+        # Who is slow to come, on a machine that does other work as well, is greeted again.
+        noted = list(dropwhile(lambda line: line["request"] == "Hello", hidden.noted(name)))
+        assert len(noted) < len(hidden.noted(name))
         assert [line["request"] for line in noted] == asked
         processes[name] = [line["process"] for line in noted]
     assert len({process for found in processes.values() for process in found}) == 2
@@ -234,7 +237,7 @@ def test_an_institution_is_played_by_one_process_and_then_by_another(hidden: Pla
     moved = [
         found[place] != found[place + 1]
         for found in processes.values()
-        for place in range(1, len(found) - 1)
+        for place in range(len(found) - 1)
         if asked[place + 1] != "TrainRequest"
     ]
     assert any(moved)
