@@ -12,6 +12,7 @@ import yaml
 
 from common.config import ArmConfig
 from common.config_files import configs_dir, load
+from simulations.benchmarks import privacy, privacy_grid
 from simulations.tune import ARMS, KEYS
 
 RESULTS = Path(__file__).resolve().parents[2] / "simulations" / "results"
@@ -66,6 +67,19 @@ def test_quoted_results_are_those_that_were_measured() -> None:
         if run["seed"] == 1:
             cells = [f"{arm['perplexity']:.2f}, {arm['accuracy'] * 100:.0f} %" for arm in arms]
             assert f"| {' | '.join([*cells, format(run['gap_closed'], '.2f')])} |" in readme
+
+
+def test_what_privacy_costs_is_quoted_as_it_was_measured() -> None:
+    """Every line of the table, and no other; the figures; and how much of the grid there is."""
+    readme, results = (RESULTS / "README.md").read_text(), privacy_grid.kept(RESULTS)
+    table = readme[readme.index("## What privacy costs") : readme.index("`alone` is the best hospital alone")]
+    quoted = [line for line in table.splitlines() if line.startswith(("| 80 |", "| 1000 |"))]
+    assert sorted(quoted) == sorted(f"| {' | '.join(row)} |" for row in privacy.rows(results))
+    for name, value in privacy.figures(results).items():
+        assert f"`{name}` {value:.2f} (" in readme.replace("\n", " ")
+    whole = set(privacy_grid.grid((1000, 80), (1, 2, 3)))
+    there = sum(result.point in whole for result in results)
+    assert f"({len(whole)} points, about 18 hours on two cores) {there} are there, and {len(results) - there}" in readme
 
 
 @pytest.mark.slow
