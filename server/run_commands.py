@@ -252,11 +252,8 @@ def _drive(
     console: Console,
 ) -> dict[str, Any]:
     """Begins a run, or goes on with it, here or in the background; what `--json` prints of it."""
-    from rich.text import Text
-
     from common import config_files
     from common.errors import RunStopped
-    from common.privacy.delta import about_institutions
     from server import detached, driver, live, report, terms
 
     config = config_files.load(str(run.config))
@@ -265,9 +262,8 @@ def _drive(
         f"{run.name}: {len(config.data.names)} institutions, {config.federation.rounds} rounds of"
         f" {config.federation.method} on {config.data.name}, base model {config.model.path}; results in {run.root}",
     )
-    console.print(terms.launch_line(config), soft_wrap=True)
-    if told := about_institutions(config.privacy, len(config.data.names)):
-        console.print(Text(told, "yellow"), soft_wrap=True)
+    for line in terms.launch_lines(config):
+        console.print(line, soft_wrap=True)
     if detach:
         pid = detached.start(home, run, secret)
         cli.say(console, f"driven by process {pid}; follow it: silotune-server logs {run.name} --follow")

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from rich.text import Text
 
 from common.config import Config
+from common.privacy.delta import about_institutions
 from common.secagg.terms import OFF, Terms
 from server.rounds import groups_of
 
@@ -27,3 +28,9 @@ def launch_line(config: Config) -> Text:
     """What the coordinator of this run can learn, in one line; red when that is every update."""
     terms = terms_of(config)
     return Text(OFF, "red") if terms is None else Text(terms.told())
+
+
+def launch_lines(config: Config) -> tuple[Text, ...]:
+    """What a coordinator should know before it launches this run; of privacy, what can be known without any record."""
+    about_delta = about_institutions(config.privacy, len(config.data.names))
+    return (launch_line(config), *([Text(about_delta, "yellow")] if about_delta else []))

@@ -162,13 +162,13 @@ def table(found: Result) -> Table:
     shown = Table(title="The published adapter, on each institution's own test records")
     arms = ("base", "local", "federated")
     units = sorted({unit for own in found.ledgers.values() for unit in own["units"]})
-    spent = (f"epsilon of its budget, {by_unit(units)}",) if units else ()
+    spent = (f"epsilon of its budget, {by_unit(units)}",) if found.ledgers else ()
     for column in ("institution", *arms, "egress entries", *spent):
         shown.add_column(column, justify="left" if column == "institution" else "right")
     for name, scores in found.adapters.items():
         cells = [_cell(scores["scores"].get(arm)) for arm in arms]
         own = found.ledgers.get(name)
-        budget = () if own is None or not spent else (f"{own['spent']['epsilon']:.4g} of {own['budget']:g}",)
+        budget = () if own is None else (f"{own['spent']['epsilon']:.4g} of {own['budget']:g}",)
         shown.add_row(name, *cells, f"{found.egress[name]}, verified", *budget)
     return shown
 

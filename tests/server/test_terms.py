@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import Config, DataConfig, FederationConfig, SecureAggregationConfig, named
+from common.config import Config, DataConfig, FederationConfig, PrivacyConfig, SecureAggregationConfig, named
 from common.config_files import validate
 from common.errors import ConfigError
 from common.secagg.terms import OFF, Terms
 from server.rounds import cohort_of
-from server.terms import launch_line, terms_of
+from server.terms import launch_line, launch_lines, terms_of
 
 
 def configured(
@@ -60,3 +62,15 @@ def test_without_secure_aggregation_the_line_is_red(enabled: bool, style: str) -
     line = launch_line(configured(4, enabled=enabled))
     assert line.style == style
     assert line.plain == (Terms.of(4, 1, 3).told() if enabled else OFF)
+
+
+@pytest.mark.parametrize(
+    ("mode", "delta", "warned"), [("institution", 0.025, False), ("institution", 0.03, True), ("patient", 0.03, False)]
+)
+def test_a_coordinator_is_warned_of_a_delta_that_says_nothing_to_an_institution(
+    mode: str, delta: float, warned: bool
+) -> None:
+    asked = replace(configured(4), privacy=PrivacyConfig(mode=mode, noise_multiplier=1.0, delta=delta))
+    first, *more = launch_lines(asked)
+    assert first == launch_line(asked)
+    assert [(line.style, "found 0.03 for 4 institutions" in line.plain) for line in more] == [("yellow", True)] * warned

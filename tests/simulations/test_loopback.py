@@ -31,6 +31,15 @@ OVERRIDES = (
 )
 
 
+def test_the_table_names_the_unit_that_an_epsilon_is_of() -> None:
+    ledger = {"units": ["patient"], "spent": {"epsilon": 1.5}, "budget": 8.0}
+    adapters = {"summit": {"scores": {"base": None, "federated": None}}}
+    shown = loopback.table(loopback.Result({}, adapters, {"summit": 3}, {"summit": ledger}))
+    assert shown.columns[-1].header == "epsilon of its budget, by patient"
+    assert list(shown.columns[-1].cells) == ["1.5 of 8"]
+    assert len(loopback.table(loopback.Result({}, adapters, {"summit": 3})).columns) == len(shown.columns) - 1
+
+
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """The command's directory, its object and what it told, once for all tests."""
