@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from client.options import Home
 from common import cli
-from common.errors import ModelError, SilotuneError
+from common.errors import ConfigError, ModelError, SilotuneError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,16 +94,29 @@ def evaluate(
     local: Annotated[
         bool, typer.Option("--local/--no-local", help="Whether to train without the others, to compare with.")
     ] = True,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            metavar="RATE",
+            help="Of training alone; else the run's, which was chosen for many. With --no-noise else 1e-3.",
+        ),
+    ] = None,
+    noise: Annotated[
+        bool,
+        typer.Option("--noise/--no-noise", help="Under differential privacy: whether training alone has it too."),
+    ] = True,
     home: Home = None,
     as_json: cli.Json = False,
 ) -> None:
     """Compare an adapter with the base model and with training alone, on this institution's own test records.
 
     Local-only is trained here with the run's settings, for as many rounds as this institution took part in, and its
-    best round by own validation records is taken. It is kept, so that it takes its time once. Nothing leaves.
+    best round by own validation records is taken. It is kept, so that it takes its time once. Nothing leaves, so no
+    budget is spent; without noise it is what this institution could have for itself.
     """
     from client import adapters, data_sets, keys
-    from client.comparison import compare
+    from client.comparison import LocalTraining, compare
     from client.data_sets import DataSets
     from client.home import ClientHome
     from common.config import EvaluationConfig
@@ -111,6 +125,8 @@ def evaluate(
     kept = adapters.verified(where, run, _coordinator(where))
     file = data_sets.read(where.data)
     kinds = tuple(exact) if exact else tuple(EvaluationConfig().exact)
+    if rate is not None and not 0 < rate < math.inf:
+        raise ConfigError(f"--learning-rate: expected a number above 0, found {rate:g}")
     with cli.progress_console(as_json) as console:
         found = compare(
             home=where,
@@ -120,7 +136,7 @@ def evaluate(
             machine=file.machine,
             data_set=data_set,
             exact=kinds,
-            local=local,
+            local=LocalTraining(rate, noise) if local else None,
             tell=lambda line: cli.say(console, line),
         )
         _show(run, kept, found, console)
@@ -189,8 +205,10 @@ def _show(run: str, kept: Kept, found: Comparison, console: Console) -> None:
     ]
     if found.local is not None:
         once = "trained by an earlier call" if found.local.trained_before else "trained now"
+        privacy, rate = found.local.settings.privacy, found.local.settings.train.learning_rate
+        noise = f"with the noise of mode {privacy.mode}" if privacy.private else "without noise"
         said.append(
-            f"local-only: {once}, {found.local.rounds} rounds with the run's settings, the best of them"
+            f"local-only: {once}, {found.local.rounds} rounds {noise}, learning rate {rate:g}, the best of them"
             f" {found.local.best_round} (0 is the base model)"
         )
     cli.say(console, *said)

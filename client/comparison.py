@@ -16,21 +16,24 @@ from typing import Any
 from client.adapters import Kept, require_base, write_peft
 from client.data_sets import DataSets, Machine, RecordSet
 from client.home import ClientHome
+from client.private_training import noised_step, train_privately
 from client.state import LocalState
 from client.training import Assignment, train
+from client.units import units_under
 from common.adapter import Adapter
-from common.config import TrainConfig
+from common.config import PrivacyConfig, TrainConfig
 from common.enrolment import parse_json, within
 from common.errors import ConfigError, SilotuneError
 from common.evaluation import Scores, evaluate
-from common.examples import examples_of
+from common.examples import Tokenised, examples_of
 from common.files import write_directory
 from common.messages import Settings
 from common.methods import method_named
 from common.models import LoraModel, load, load_adapter
+from common.privacy.mechanism import alone
+from common.privacy.noise import SystemNoise
 from common.private_files import locked, private_directory, read_file
 from common.secagg.canonical import canonical
-from common.text import Example
 
 BASE, LOCAL, FEDERATED = ARMS = ("base", "local", "federated")
 
@@ -39,13 +42,36 @@ _LIMIT = 1 << 22
 
 
 @dataclass(frozen=True)
+class LocalTraining:
+    """How this institution trains without the others.
+
+    rate: the learning rate; None is the run's, which was chosen for the federation.
+    noise: as private as the run (`mechanism.alone`). Nothing of it leaves, so that no budget is spent either way;
+    without noise it is what this institution can have for itself, and the run's rate, chosen for noised steps, of no
+    use: None is then what configurations have that name none.
+    """
+
+    rate: float | None = None
+    noise: bool = True
+
+    def of(self, run: Settings) -> Settings:
+        """The settings of a run as they are for training alone."""
+        privacy, passes = alone(run.privacy, run.train.passes_per_round)
+        rate = self.rate or run.train.learning_rate
+        if privacy.private and not self.noise:
+            privacy, rate = PrivacyConfig(), self.rate or TrainConfig().learning_rate
+        return replace(run, privacy=privacy, train=replace(run.train, passes_per_round=passes, learning_rate=rate))
+
+
+@dataclass(frozen=True)
 class LocalOnly:
     """What this institution would have without the others.
 
-    adapter: of the best round by its own validation records, round 0 among them. rounds: how many were trained.
-    trained_before: by an earlier call.
+    settings: it was trained with. adapter: of the best round by its own validation records, round 0 among them.
+    rounds: how many were trained. trained_before: by an earlier call.
     """
 
+    settings: Settings = field(repr=False)
     adapter: Adapter = field(repr=False)
     best_round: int
     rounds: int
@@ -70,7 +96,13 @@ class Comparison:
             "test_persons": self.persons,
             "scores": {arm: {**asdict(found), **found.as_dict()} for arm, found in self.scores.items()},
             "local": local
-            and {"rounds": local.rounds, "best_round": local.best_round, "trained_before": local.trained_before},
+            and {
+                "privacy": local.settings.privacy.mode,
+                "learning_rate": local.settings.train.learning_rate,
+                "rounds": local.rounds,
+                "best_round": local.best_round,
+                "trained_before": local.trained_before,
+            },
         }
 
 
@@ -90,14 +122,14 @@ def compare(
     machine: Machine,
     data_set: str | None,
     exact: Sequence[str],
-    local: bool,
+    local: LocalTraining | None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Scores base model, local-only and federated on a data set's test records.
 
     name: this institution's. data_set: None for the one of the run. exact: kinds of record whose whole answer is
-    compared. local: whether to compare with local-only; it is trained with the run's settings for as many rounds as
-    this institution took part in, and kept, so that it is quick the second time. tell: is told what is under way.
+    compared. local: how local-only is trained, for as many rounds as this institution took part in; it is kept, so that
+    it is quick the second time. None compares without. tell: is told what is under way.
 
     Raises ConfigError when the run's settings are needed and not there, or there is no such data set; DataError and
     ModelError when records or the base model cannot be read, or the model is not the one of the adapter.
@@ -120,35 +152,36 @@ def compare(
     model = load(machine.config(), kept.publication.lora, settings.seed if settings else 0)
     fresh = model.read()
 
-    def examples(part: str) -> tuple[Example, ...]:
+    def tokenised(part: str) -> tuple[RecordSet, Tokenised]:
         found = records.find(named, part)
-        return examples_of(found.records, model.tokenizer, config, found.where).examples
+        return found, examples_of(found.records, model.tokenizer, config, found.where)
 
-    test, asked = records.find(named, "test"), examples("test")
+    test, asked = tokenised("test")
     scores: dict[str, Scores] = {}
     tell(f"base model: {len(test.records)} test records")
-    scores[BASE] = evaluate(model, asked, exact)
-    alone = None
+    scores[BASE] = evaluate(model, asked.examples, exact)
+    local_only = None
     if local and settings is not None:
         place = home.runs / run / "local-only" / named
         parts = [records.find(named, part) for part in ("train", "validation")]
         rounds = min(_rounds_trained(home.runs / run) or settings.rounds, settings.rounds)
+        mine = local.of(settings)
         work = _Work(
             name,
-            replace(settings, train=config, lora=kept.publication.lora),
+            replace(mine, train=replace(mine.train, row_tokens=machine.row_tokens), lora=kept.publication.lora),
             rounds,
-            _key(name, settings, rounds, kept, machine, parts),
+            _key(name, mine, rounds, kept, machine, parts),
         )
         private_directory(place.parent)
         with locked(place.parent):
-            alone = _kept(place, work, fresh) or _trained(place, work, model, fresh, examples, tell)
-        model.write(alone.adapter)
+            local_only = _kept(place, work, fresh) or _trained(place, work, model, fresh, tokenised, tell)
+        model.write(local_only.adapter)
         tell("local-only: test records")
-        scores[LOCAL] = evaluate(model, asked, exact)
+        scores[LOCAL] = evaluate(model, asked.examples, exact)
     model.write(kept.adapter)
     tell("federated: test records")
-    scores[FEDERATED] = evaluate(model, asked, exact)
-    return Comparison(named, len(test.records), len({record.person for record in test.records}), scores, alone)
+    scores[FEDERATED] = evaluate(model, asked.examples, exact)
+    return Comparison(named, len(test.records), len({record.person for record in test.records}), scores, local_only)
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,9 @@ def _kept(place: Path, work: _Work, fresh: Adapter) -> LocalOnly | None:
         return None
     best = found.get("best_round")
     same = adapter.factors.keys() == fresh.factors.keys()
-    return LocalOnly(adapter, best, work.rounds, trained_before=True) if same and type(best) is int else None
+    if not same or type(best) is not int:
+        return None
+    return LocalOnly(work.settings, adapter, best, work.rounds, trained_before=True)
 
 
 def _trained(
@@ -199,19 +234,25 @@ def _trained(
     work: _Work,
     model: LoraModel,
     fresh: Adapter,
-    examples: Callable[[str], tuple[Example, ...]],
+    tokenised: Callable[[str], tuple[RecordSet, Tokenised]],
     tell: Callable[[str], None],
 ) -> LocalOnly:
     """Trains alone, round by round as in the federation, and keeps the result for the next call."""
     settings = work.settings
-    training, validation = examples("train"), examples("validation")
+    (held, training), validation = tokenised("train"), tokenised("validation")[1].examples
+    step = noised_step(settings.privacy, settings.train.passes_per_round, settings.rounds)
+    units = units_under(settings.privacy, held.records, training) if step else ()
     keys = method_named(settings.method).trained(fresh)
     model.write(fresh)
     adapter, state = fresh, LocalState()
     best, best_round, least = fresh, 0, evaluate(model, validation).perplexity
     for number in range(1, work.rounds + 1):
         assignment = Assignment(number, settings.rounds, keys, settings.seed, work.name)
-        found = train(model, training, adapter, state, settings.train, assignment)
+        if step is None:
+            found = train(model, training.examples, adapter, state, settings.train, assignment)
+        else:
+            noise = SystemNoise()
+            found = train_privately(model, units, adapter, state, settings.train, step, assignment, noise)
         if not math.isfinite(found.loss):
             tell(f"local-only: round {number} of {work.rounds} diverged, which ends it")
             break
@@ -227,4 +268,4 @@ def _trained(
         (folder / _NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
     write_directory(place, write)
-    return LocalOnly(best, best_round, work.rounds, trained_before=False)
+    return LocalOnly(settings, best, best_round, work.rounds, trained_before=False)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +23,11 @@ from client.faults import asked_for
 from client.guard import Guard
 from client.ledger import Ledger, Spend
 from client.policy_file import Population
+from client.private_training import NoisedStep, clipped_sum, noised_step, train_privately
 from client.secure import Update
 from client.state import LocalState, StateStore
 from client.training import Assignment, Trained, train
-from client.units import PATIENT, RECORD, Unit, units_of
+from client.units import PATIENT, RECORD, Unit, units_under
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import ModelConfig, TrainConfig
@@ -40,15 +41,10 @@ from common.methods import METHODS
 from common.models import LoraModel, load_tokenizer
 from common.privacy.accounting import Event
 from common.privacy.distributed import noised
-from common.privacy.mechanism import noise_multiplier, round_event, steps_per_round
+from common.privacy.mechanism import round_event
 from common.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 from common.randomness import seeded
 from common.secagg.reasons import SETTINGS_DIFFER
-
-if TYPE_CHECKING:
-    from client.private_training import NoisedStep
-
-_EVERY_RUN = "silotune: which of a person's records are used"
 
 
 @lru_cache(maxsize=64)
@@ -168,8 +164,6 @@ class LocalRound:
             examples = self._load("train").examples
             with asked_for():
                 return train(model, examples, start, state, self._config, assignment), len(examples)
-        from client.private_training import train_privately
-
         units, noise = self._units(), self._noise("training")
         with asked_for():
             return train_privately(model, units, start, state, self._config, step, assignment, noise), 0
@@ -185,8 +179,6 @@ class LocalRound:
 
     def _summed_gradients(self, start: Adapter, model: LoraModel) -> Update:
         """Of mode `distributed`: minus the sum of one lot's clipped gradients [parameters], float64, without noise."""
-        from client.private_training import clipped_sum
-
         settings = self.plan.settings
         keys = METHODS[settings.method].trained(start)
         privacy, noise, units = settings.privacy, self._noise("lot", self._attempt), self._units()
@@ -198,13 +190,8 @@ class LocalRound:
     @property
     def _step(self) -> NoisedStep | None:
         """What each step of DP-SGD bounds and adds; None in modes without. Raises ConfigError."""
-        settings, privacy = self.plan.settings, self.plan.settings.privacy
-        if privacy.mode not in (RECORD, PATIENT):
-            return None
-        from client.private_training import NoisedStep
-
-        steps = steps_per_round(settings.train.passes_per_round, privacy.sampling_rate)
-        return NoisedStep(noise_multiplier(privacy, settings.rounds, steps), privacy.clip, privacy.sampling_rate)
+        settings = self.plan.settings
+        return noised_step(settings.privacy, settings.train.passes_per_round, settings.rounds)
 
     @property
     def _config(self) -> TrainConfig:
@@ -212,10 +199,8 @@ class LocalRound:
         return train_config if self.row_tokens is None else replace(train_config, row_tokens=self.row_tokens)
 
     def _units(self) -> tuple[Unit, ...]:
-        privacy = self.plan.settings.privacy
-        unit = PATIENT if privacy.mode == PATIENT else RECORD
-        records = self.data.find(self.plan.settings.data_set, "train").records
-        return units_of(records, self._load("train"), unit, privacy.records_per_person, _EVERY_RUN)
+        settings = self.plan.settings
+        return units_under(settings.privacy, self.data.find(settings.data_set, "train").records, self._load("train"))
 
     def _load(self, part: str) -> Tokenised:
         settings = self.plan.settings

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from client.state import LocalState
 from client.training import Assignment, Trained, _moments, _optimizer, _trainable, learning_rate
-from client.units import Unit
+from client.units import PATIENT, RECORD, Unit
 from common.adapter import Adapter
-from common.config import TrainConfig
+from common.config import PrivacyConfig, TrainConfig
 from common.errors import ConfigError, DataError
 from common.models import LoraModel
-from common.privacy.mechanism import steps_per_round
+from common.privacy.mechanism import noise_multiplier, steps_per_round
 from common.privacy.noise import NoiseSource, bernoulli
 
 if TYPE_CHECKING:
@@ -53,6 +53,17 @@ class NoisedStep:
                 "expected a sampling rate above 0 and at most 1, a clip above 0 and a noise multiplier of at least 0,"
                 f" found {self.sampling_rate:g}, {self.clip:g} and {self.noise_multiplier:g}"
             )
+
+
+def noised_step(privacy: PrivacyConfig, passes: float, rounds: int) -> NoisedStep | None:
+    """What each step bounds and adds in a run of so many rounds and passes a round; None in modes without.
+
+    Raises ConfigError where no noise reaches `privacy.epsilon`.
+    """
+    if privacy.mode not in (RECORD, PATIENT):
+        return None
+    steps = steps_per_round(passes, privacy.sampling_rate)
+    return NoisedStep(noise_multiplier(privacy, rounds, steps), privacy.clip, privacy.sampling_rate)
 
 
 def train_privately(

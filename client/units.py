@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.config import PrivacyConfig
 from common.errors import ConfigError
 from common.examples import Tokenised
 from common.records import Record
 from common.text import Example
 
 RECORD, PATIENT = "record", "patient"
+
+_EVERY_RUN = "silotune: which of a person's records are used"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,15 @@ def units_of(
     for record, examples in pairs:
         persons.setdefault(record.person, []).append((_place(record, key), examples))
     return tuple(_unit(own, records_per_person) for own in persons.values())
+
+
+def units_under(privacy: PrivacyConfig, records: Sequence[Record], tokenised: Tokenised) -> tuple[Unit, ...]:
+    """The units that `privacy` has, where it takes any; of a person's records the same in every run.
+
+    Raises what `units_of` raises.
+    """
+    unit = PATIENT if privacy.mode == PATIENT else RECORD
+    return units_of(records, tokenised, unit, privacy.records_per_person, _EVERY_RUN)
 
 
 def _unit(own: list[tuple[bytes, tuple[Example, ...]]], most: int) -> Unit:

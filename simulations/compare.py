@@ -18,15 +18,13 @@ from common.errors import RunStopped
 from common.evaluation import Scores
 from common.files import storage_errors
 from common.models import load_adapter
+from common.privacy.mechanism import alone
 from common.records import read_jsonl, write_jsonl
 from server.coordinator import Bench
 from server.rounds import Progress
 from simulations.federate import federate
 from simulations.layout import RunDirectory
 from simulations.processes import process_pool
-
-ARM_MODES = {"distributed": "record", "institution": "none"}
-"""What stands for a mode of differential privacy in an arm, where it cannot be the same."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,14 @@ def arm_config(config: Config, arm: str) -> Config:
     Between rounds an arm is scored by perplexity alone, which is what the published round is chosen by. Its updates are
     not masked: a federation of one in this process has nobody to hide from.
 
-    Its privacy has the federation's unit, target and noise, and a ledger of its own. Noise in shares needs a sum of
-    many: what `distributed` bounds, `record` bounds with one step a round over the same lots. With the institution as
-    the unit nothing is left to protect where none sends anything, and arms have no noise.
+    Its privacy is that of one who trains alone (`mechanism.alone`), and has a ledger of its own.
     """
     tuned: ArmConfig = config.compare.pooled if arm == POOLED else config.compare.local
-    passes, mode = config.train.passes_per_round, ARM_MODES.get(config.privacy.mode, config.privacy.mode)
-    if config.privacy.mode == "distributed":
-        passes = config.privacy.sampling_rate
+    privacy, passes = alone(config.privacy, config.train.passes_per_round)
     return replace(
         config,
         name=f"{config.name}-{arm}",
-        privacy=replace(config.privacy, mode=mode),
+        privacy=privacy,
         data=replace(config.data, institutions=named(arm), train_records=[]),
         train=replace(
             config.train,

@@ -19,6 +19,7 @@ from common.config import POOLED, Config
 from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
+from common.privacy.mechanism import alone
 from common.records import read_jsonl
 from server import checkpoints, report, tracking
 from server.collect import Heard
@@ -181,7 +182,7 @@ def _summary(
     if config.privacy.private:
         found["privacy"] |= {"ledgers": spending(config, directory, outcome.progress.round)}
         if arms:
-            found["privacy"] |= {"arms": compare.ARM_MODES.get(config.privacy.mode, config.privacy.mode)}
+            found["privacy"] |= {"arms": alone(config.privacy, config.train.passes_per_round)[0].mode}
     return {
         **found,
         "everyone": everyone,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, cast
 
 from common.config import PrivacyConfig, QuantiseConfig
@@ -18,6 +19,20 @@ UNITS: Mapping[str, str] = {
     "distributed": "record",
 }
 """The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
+
+
+_ALONE: Mapping[str, str] = {"distributed": "record", "institution": "none"}
+
+
+def alone(privacy: PrivacyConfig, passes: float) -> tuple[PrivacyConfig, float]:
+    """What protects the same unit where one institution trains alone, and its passes over its records in a round.
+
+    Unit, target and noise are the run's. Noise in shares needs a sum of many: what `distributed` bounds, `record`
+    bounds with one step a round over the same lots. With the institution as the unit nothing is left to protect where
+    none sends anything: there is no noise.
+    """
+    passes = privacy.sampling_rate if privacy.mode == "distributed" else passes
+    return replace(privacy, mode=_ALONE.get(privacy.mode, privacy.mode)), passes
 
 
 def steps_per_round(passes_per_round: float, sampling_rate: float) -> int:

@@ -14,13 +14,13 @@ from typer.testing import CliRunner, Result
 import client.main
 from client import adapters, comparison, data_sets
 from client.adapters import Kept
-from client.comparison import BASE, FEDERATED, LOCAL, Comparison
+from client.comparison import BASE, FEDERATED, LOCAL, Comparison, LocalTraining
 from client.data_sets import DataSets
 from client.state import LocalState
 from client.training import Assignment, train
 from common.adapter import Adapter
 from common.base_model import fingerprint
-from common.config import DataConfig, FederationConfig, LoraConfig, ModelConfig, TrainConfig, named
+from common.config import DataConfig, FederationConfig, LoraConfig, ModelConfig, PrivacyConfig, TrainConfig, named
 from common.errors import ConfigError, DataError, ModelError
 from common.evaluation import evaluate
 from common.examples import examples_of
@@ -113,7 +113,7 @@ def compared(here: Enrolled, told: list[str] | None = None, **changes: Any) -> C
         "machine": file.machine,
         "data_set": None,
         "exact": ("coding",),
-        "local": True,
+        "local": LocalTraining(),
         "tell": (told if told is not None else []).append,
     }
     return comparison.compare(**{**asked, **changes})
@@ -215,8 +215,60 @@ def test_training_that_diverges_ends_with_the_best_before(
     assert found.scores[LOCAL] == found.scores[BASE]
 
 
+def private(settings: Settings, mode: str = "patient") -> Settings:
+    privacy = PrivacyConfig(mode=mode, noise_multiplier=1, sampling_rate=0.5)
+    return replace(settings, privacy=privacy, train=replace(settings.train, passes_per_round=1.0))
+
+
+def test_after_a_private_run_local_only_is_as_private(here: Enrolled, settings: Settings, federated: Adapter) -> None:
+    (here.home.runs / RUN / "settings.json").write_text(private(settings).to_json())
+    spent = {file: file.read_bytes() for file in here.home.ledger.iterdir()}
+
+    def trained_twice(how: LocalTraining) -> tuple[list[str], list[str]]:
+        told: tuple[list[str], list[str]] = ([], [])
+        for lines in told:
+            found = compared(here, lines, local=how)
+            assert found.local is not None
+            assert not found.local.trained_before
+            damage_notes(here, settings)
+        return told
+
+    once, again = trained_twice(LocalTraining())
+    assert len(once) == len(again)
+    assert once != again  # of fresh noise each time
+    once, again = trained_twice(LocalTraining(noise=False))
+    assert once == again
+    assert spent == {file: file.read_bytes() for file in here.home.ledger.iterdir()}  # nothing leaves
+
+
+@pytest.mark.parametrize(
+    ("mode", "alone", "passes"),
+    [("none", "none", 1.0), ("record", "record", 1.0), ("patient", "patient", 1.0), ("distributed", "record", 0.5)],
+)
+def test_who_trains_alone_has_the_privacy_of_the_run(settings: Settings, mode: str, alone: str, passes: float) -> None:
+    run = private(settings, mode)
+    assert LocalTraining().of(run) == replace(
+        run, privacy=replace(run.privacy, mode=alone), train=replace(run.train, passes_per_round=passes)
+    )
+
+
+def test_who_sends_nothing_protects_no_institution(settings: Settings) -> None:
+    run = private(settings, "institution")
+    assert not LocalTraining().of(run).privacy.private
+    assert LocalTraining().of(run).train == run.train
+
+
+def test_without_noise_another_rate_is_taken(settings: Settings) -> None:
+    run = private(settings)
+    assert LocalTraining(noise=False).of(run).privacy == PrivacyConfig()
+    assert LocalTraining(noise=False).of(run).train.learning_rate == TrainConfig().learning_rate
+    assert LocalTraining(rate=0.3, noise=False).of(run).train.learning_rate == 0.3
+    assert LocalTraining(rate=0.3).of(settings).train.learning_rate == 0.3
+    assert LocalTraining(noise=False).of(settings) == settings  # which has none to leave out
+
+
 def test_without_the_others_arm_nothing_is_trained(here: Enrolled, federated: Adapter) -> None:
-    found = compared(here, local=False)
+    found = compared(here, local=None)
     assert found.local is None
     assert set(found.scores) == {BASE, FEDERATED}
     assert not (here.home.runs / RUN / "local-only").exists()
@@ -224,10 +276,10 @@ def test_without_the_others_arm_nothing_is_trained(here: Enrolled, federated: Ad
 
 def test_a_run_that_was_not_taken_part_in_needs_to_be_told_more(here: Enrolled, federated: Adapter) -> None:
     (here.home.runs / RUN / "settings.json").unlink()
-    for changes in ({}, {"local": False}, {"data_set": DATA_SET}):
+    for changes in ({}, {"local": None}, {"data_set": DATA_SET}):
         with pytest.raises(ConfigError, match=r"expected the settings of run .* --data-set NAME --no-local"):
             compared(here, **changes)
-    assert set(compared(here, local=False, data_set=DATA_SET).scores) == {BASE, FEDERATED}
+    assert set(compared(here, local=None, data_set=DATA_SET).scores) == {BASE, FEDERATED}
 
 
 def test_a_data_set_that_is_not_there_is_told(here: Enrolled, federated: Adapter) -> None:
@@ -274,3 +326,19 @@ def test_the_command_gives_the_same_as_json(here: Enrolled, federated: Adapter) 
     none = json.loads(silotune(RUN, "--home", here.home.root, "--no-local", "--exact", "note", "--json").stdout)
     assert none["local"] is None
     assert none["scores"]["base"]["accuracy"] is None
+
+
+@pytest.mark.parametrize("rate", ["0", "-0.1", "inf", "nan"])
+def test_a_rate_that_is_none_is_refused(here: Enrolled, federated: Adapter, rate: str) -> None:
+    result = silotune(RUN, "--home", here.home.root, "--learning-rate", rate)
+    assert result.exit_code == 2
+    assert "--learning-rate: expected a number above 0" in " ".join(result.stderr.split())
+
+
+def test_the_command_tells_how_local_only_was_trained(here: Enrolled, settings: Settings, federated: Adapter) -> None:
+    (here.home.runs / RUN / "settings.json").write_text(private(settings).to_json())
+    noised = silotune(RUN, "--home", here.home.root)
+    assert noised.exit_code == 0, noised.output
+    assert "with the noise of mode patient, learning rate 0.1," in " ".join(noised.stdout.split())
+    free = json.loads(silotune(RUN, "--home", here.home.root, "--no-noise", "--learning-rate", 0.2, "--json").stdout)
+    assert (free["local"]["privacy"], free["local"]["learning_rate"]) == ("none", 0.2)
