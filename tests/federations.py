@@ -44,7 +44,7 @@ from common.secagg.aggregator import Aggregator
 from common.secagg.identity import Identity, Roster
 from common.secagg.messages import Consent, Consents, Inbox, KeyList, Keys, MaskedInput, Revealed, Shares, Survivors
 from common.secagg.terms import Terms
-from common.wire import from_wire, to_wire
+from common.wire import Wire, from_wire, to_wire
 
 NAMES = ("alder", "birch", "cedar", "dogwood", "elm", "fir", "gorse")
 RUN = "tiny-run"
@@ -107,6 +107,18 @@ class Seat(Institution):
         return self.secure.begin(
             request.plan, PARAMETERS, lambda former: kept(former, lambda: self.train(self.name, request.plan))
         )
+
+
+def through_app(institution: Institution, wire: Wire, kind: str = ROUND) -> Reply:
+    """What an institution answers to a message in the form in which Flower brings it."""
+    message = Message(to_records(wire), dst_node_id=77, message_type=kind, ttl=60.0)
+    message.metadata.__dict__["_message_id"] = "message-1"
+    context = Context(run_id=5, node_id=77, node_config={}, state=RecordDict(), run_config={})
+    answer = build_client_app(lambda _: nullcontext(institution))(message, context)
+    assert not answer.has_error()
+    reply = from_wire(from_records(answer.content))
+    assert isinstance(reply, Reply)
+    return reply
 
 
 class Federation:
@@ -194,16 +206,8 @@ class Federation:
         return reply
 
     def _through_app(self, name: str, request: Request) -> Reply:
-        app = build_client_app(lambda _: nullcontext(self.seats[name]))
         kind = ROUND if isinstance(request, TrainRequest) else SECURE
-        message = Message(to_records(to_wire(request)), dst_node_id=77, message_type=kind, ttl=60.0)
-        message.metadata.__dict__["_message_id"] = "message-1"
-        context = Context(run_id=5, node_id=77, node_config={}, state=RecordDict(), run_config={})
-        answer = app(message, context)
-        assert not answer.has_error()
-        reply = from_wire(from_records(answer.content))
-        assert isinstance(reply, Reply)
-        return reply
+        return through_app(self.seats[name], to_wire(request), kind)
 
     def coordinator(self, plan: Plan | None = None) -> Coordinator:
         return Coordinator(self, plan or self.plan())

@@ -1,4 +1,4 @@
-"""What an institution accepts of a plan, against terms of its own. Attacks by message are in test_secure."""
+"""What an institution accepts of a plan, against terms of its own. Attacks by message are in tests/client/secure."""
 
 from __future__ import annotations
 
