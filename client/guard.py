@@ -72,6 +72,11 @@ class Guard:
         """Whose data a data set holds, with the budget that the policy gives them."""
         return self._policy.population_of(data_set)
 
+    @property
+    def budgeted(self) -> tuple[Population, ...]:
+        """All populations that the policy gives a budget."""
+        return self._policy.budgeted
+
     def leaving(self, counters: Mapping[str, int]) -> dict[str, int]:
         """The counters of a vector, those that may not leave set to zero."""
         return self._policy.leaving(counters)

@@ -218,6 +218,15 @@ def spent_by(entries: Sequence[Entry], population: Population) -> tuple[Spent, .
     return tuple(entry for entry in spent if entry.population in names or entry.unit == INSTITUTION)
 
 
+def spent_with(
+    entries: Sequence[Entry], population: Population, spend: Spend, among: Iterable[Population]
+) -> list[tuple[Population, tuple[Spent, ...]]]:
+    """Those of `among` that a spend for `population` would count in, each with what was spent of it before."""
+    new = _entry(Link(0, "", ""), population, spend)
+    after = {one: spent_by([*entries, new], one) for one in among}
+    return [(one, spent[:-1]) for one, spent in after.items() if spent and spent[-1] is new]
+
+
 def units_in(spent: Iterable[Spent], *more: str) -> tuple[str, ...]:
     """The units of privacy that what was spent is of, and those besides, in order."""
     return tuple(sorted({entry.unit for entry in spent} | set(more)))
@@ -272,25 +281,28 @@ class Ledger:
         """Begins the ledger where there is none yet, and leaves one that is there. Raises StorageError."""
         return self._chain.begin()
 
-    def spend(self, population: Population, spend: Spend) -> Receipt:
+    def spend(self, population: Population, spend: Spend, others: Iterable[Population] = ()) -> Receipt:
         """Writes down a spend; what it is for may begin when this has returned, and counts as spent from now on.
 
         Check and writing are one step: nobody else spends meanwhile. A budget that the policy changed is written down
-        first, and holds.
+        first, and holds. others: further populations of the policy; where one of them counts this spend (`spent_by`),
+        its budget holds as well.
 
-        Raises Refusal(budget_exhausted), with what is left in its detail, where it would cost more than the
-        population's budget; StorageError when the ledger is not as it was left, or cannot be written: then nothing may
-        begin either.
+        Raises Refusal(budget_exhausted), with what is left in its detail, where it would cost more than one of these
+        budgets; StorageError when the ledger is not as it was left, or cannot be written: then nothing may begin
+        either. ValueError for a data set that is not of the population.
         """
+        if spend.data_set not in population.data_sets:
+            raise ValueError(f"expected a data set of population {population.name}, found {spend.data_set!r:.80}")
         with self._chain.held() as held:
             entries = self._read(held)
             self._note_budget(held, entries, population)
-            spent = _spent_before(entries, population, spend)
-            if refusal := _refusal(spent, population, spend):
-                raise refusal
-            past = [entry.event for entry in spent]
+            for one, spent in spent_with(entries, population, spend, [population, *others]):
+                if refusal := _refusal(spent, one, spend):
+                    raise refusal
+            past = [entry.event for entry in spent_by(entries, population)]
             added = _by_renyi([*past, spend.event], population.delta) - _by_renyi(past, population.delta)
-            entry = held.append(lambda link: _spent(link, population, spend))
+            entry = self._append(held, lambda link: _entry(link, population, spend))
         assert isinstance(entry, Spent)
         receipt = Receipt(entry, max(added, 0.0))
         self._on_spend(receipt)
@@ -307,15 +319,22 @@ class Ledger:
         self._known = held.head
         return self._entries
 
+    def _append(self, held: Held[Entry], make: Callable[[Link], Entry]) -> Entry:
+        """Writes an entry, and knows of it from then on: a ledger that is put back behind it is noticed."""
+        entry = held.append(make)
+        self._entries.append(entry)
+        self._known = held.head
+        return entry
+
     def _note_budget(self, held: Held[Entry], entries: Sequence[Entry], population: Population) -> None:
         kind, limit = (BUDGET, float(population.epsilon)) if population.limited else (NO_BUDGET, 0.0)
         terms = (kind, population.name, ",".join(population.data_sets), limit, float(population.delta))
         before = [entry for entry in entries if isinstance(entry, BudgetSet) and entry.population == population.name]
         if not before or before[-1].terms != terms:
-            held.append(lambda link: BudgetSet(link.number, link.time, *terms, link.previous))
+            self._append(held, lambda link: BudgetSet(link.number, link.time, *terms, link.previous))
 
 
-def _spent(link: Link, population: Population, spend: Spend) -> Spent:
+def _entry(link: Link, population: Population, spend: Spend) -> Spent:
     return Spent(
         number=link.number,
         time=link.time,
@@ -332,13 +351,6 @@ def _spent(link: Link, population: Population, spend: Spend) -> Spent:
         steps=spend.steps,
         previous=link.previous,
     )
-
-
-def _spent_before(entries: Sequence[Entry], population: Population, spend: Spend) -> tuple[Spent, ...]:
-    """What was spent of the population before. Raises ValueError for a data set that is not of it."""
-    if spend.data_set not in population.data_sets:
-        raise ValueError(f"expected a data set of population {population.name}, found {spend.data_set!r:.80}")
-    return spent_by(entries, population)
 
 
 def _refusal(spent: Sequence[Spent], population: Population, spend: Spend) -> Refusal | None:

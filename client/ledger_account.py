@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from client.ledger import Entry, Spent, spent_by, units_in
+from client.ledger import Entry, Spend, Spent, spent_by, spent_with, units_in
 from client.policy_file import InstitutionPolicy, Population
 from common.config import Config, PrivacyConfig
 from common.privacy.accounting import Epsilon, Event, epsilon, moments, noise_for, times_left
@@ -113,8 +113,8 @@ class Forecast:
 
     allowed: whether the policy lets its mode train there. units: what the epsilons speak of, the mode's own unit among
     them. event: of a round in one attempt; None without noise. spent, whole: so far, and with the whole run besides, at
-    the population's delta. rounds_left: that fit into the budget; None where nothing limits them, and 0 where nothing
-    is allowed.
+    the population's delta. rounds_left: that fit into its budget, and into every other that counts them, the tightest
+    of which is `tightest`'s; None where nothing limits them, and 0 where nothing is allowed.
     """
 
     population: Population
@@ -124,6 +124,7 @@ class Forecast:
     event: Event | None
     spent: Epsilon
     whole: Epsilon | None
+    tightest: Population | None
     rounds_left: int | None
 
 
@@ -156,10 +157,17 @@ def forecasts(entries: Sequence[Entry], policy: InstitutionPolicy, config: Confi
     """
     event = round_event(config)
     populations = dict.fromkeys(policy.population_of(name) for name in policy.data_sets)
-    return tuple(_forecast(spent_by(entries, one), one, event, config) for one in populations)
+    return tuple(_forecast(entries, one, policy.budgeted, event, config) for one in populations)
 
 
-def _forecast(spent: Sequence[Spent], population: Population, event: Event | None, config: Config) -> Forecast:
+def _forecast(
+    entries: Sequence[Entry],
+    population: Population,
+    budgeted: Iterable[Population],
+    event: Event | None,
+    config: Config,
+) -> Forecast:
+    spent = spent_by(entries, population)
     past = [entry.event for entry in spent]
     found = Forecast(
         population=population,
@@ -169,14 +177,22 @@ def _forecast(spent: Sequence[Spent], population: Population, event: Event | Non
         event=event,
         spent=epsilon(past, population.delta),
         whole=None,
+        tightest=None,
         rounds_left=None,
     )
     if event is None:
         return replace(found, rounds_left=None if found.allowed else 0)
     whole = replace(event, steps=event.steps * config.federation.rounds)
-    left = times_left(past, event, population.epsilon, population.delta) if population.limited else None
+    spend = Spend.of(event, config.privacy.mode, "forecast", 0, 0, population.data_sets[0])
+    left = {
+        one: times_left([entry.event for entry in before], event, one.epsilon, one.delta)
+        for one, before in spent_with(entries, population, spend, dict.fromkeys([population, *budgeted]))
+        if one.limited
+    }
+    tightest = min(left, key=lambda one: left[one], default=None)
     return replace(
         found,
         whole=epsilon([*past, whole], population.delta),
-        rounds_left=left if found.allowed else 0,
+        tightest=tightest,
+        rounds_left=0 if not found.allowed else None if tightest is None else left[tightest],
     )

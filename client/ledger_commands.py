@@ -219,6 +219,7 @@ def _forecast(one: Forecast, rounds: int) -> dict[str, Any]:
         "spent": _bounds(one.spent),
         "after_run": None if one.whole is None else _bounds(one.whole),
         "rounds_left": one.rounds_left,
+        "limited_by": one.tightest and one.tightest.name,
         "fits": one.allowed and (one.rounds_left is None or one.rounds_left >= rounds),
     }
 
@@ -280,7 +281,8 @@ def _forecast_lines(one: Forecast, mode: str, rounds: int) -> list[str]:
         f"a round      {event.steps} steps at sampling rate {event.q:g} with noise multiplier {event.sigma:.4g}",
         f"spent        epsilon {_told(one.spent)} at delta {population.delta:g}, {after}, {unit}",
     ]
-    if one.rounds_left is None:
+    if one.rounds_left is None or one.tightest is None:
         return [*lines, "left         without limit"]
     verdict = "the whole run fits" if one.rounds_left >= rounds else f"the run asks for {rounds}"
-    return [*lines, f"left         {one.rounds_left} rounds of a budget of {population.epsilon:g} {unit}; {verdict}"]
+    whose = "a budget" if one.tightest == population else f"the budget of {one.tightest.name}, which counts them too,"
+    return [*lines, f"left         {one.rounds_left} rounds of {whose} of {one.tightest.epsilon:g} {unit}; {verdict}"]

@@ -107,7 +107,7 @@ class LocalRound:
         if self.guard is not None:
             self.guard.begin(self.plan)
         if (spend := self._cost) is not None:
-            self._ledger.spend(self._population, spend)
+            self._ledger.spend(self._population, spend, self.guard.budgeted if self.guard else ())
         if not self._settings.exists():
             write_text(self._settings, self.plan.settings.to_json())
 

@@ -151,12 +151,18 @@ class InstitutionPolicy:
                 )
         return tuple(lines)
 
+    @property
+    def budgeted(self) -> tuple[Population, ...]:
+        """The populations that have a budget."""
+        return tuple(
+            Population(name, budget.data_sets, budget.modes, budget.epsilon, budget.delta)
+            for name, budget in self.populations.items()
+        )
+
     def population_of(self, data_set: str) -> Population:
         """The population that a data set belongs to; one by itself and without limit where the policy names none."""
-        for name, budget in self.populations.items():
-            if data_set in budget.data_sets:
-                return Population(name, budget.data_sets, budget.modes, budget.epsilon, budget.delta)
-        return Population(data_set, (data_set,))
+        found = (population for population in self.budgeted if data_set in population.data_sets)
+        return next(found, Population(data_set, (data_set,)))
 
     def accept_base_model(self, found: Fingerprint) -> None:
         """Raises Refusal(base_model_not_allowed) for a base model that is not listed."""

@@ -32,7 +32,6 @@ from client.ledger import (
     SPENT,
     BudgetSet,
     CutOff,
-    Entry,
     Ledger,
     Spend,
     Spent,
@@ -342,6 +341,37 @@ def test_what_the_institution_spends_as_the_unit_counts_wherever_that_unit_may_b
     assert [entry.unit for entry in spent_in(place, ward)] == ["institution", "patient"]
     # Neither are spends of a person in what another population's institution spends, which allows none now but did.
     assert [entry.unit for entry in spent_in(place, replace(clinic, modes=("record",)))] == ["institution"]
+
+
+@pytest.mark.parametrize("loose", [True, False])
+def test_no_budget_is_overspent_through_a_data_set_of_another_population(place: Path, loose: bool) -> None:
+    """The coordinator names the data set: it would name one with a larger budget, or with none."""
+    everything = replace(WHOLE, sigma=1.7, unit="institution", data_set="scans")
+    clinic = replace(CLINIC, modes=("institution",))
+    ward = Population("scans", ("scans",)) if loose else Population("ward", ("scans",), ("institution",), 90.0, 1e-5)
+    ledger = ledger_in(place)
+    ledger.spend(ward, everything, [clinic, ward])
+    with pytest.raises(Refusal, match="population clinic: the budget is epsilon 3 at delta 1e-05, by institution"):
+        ledger.spend(ward, everything, [clinic, ward])
+    assert len(spent_in(place, clinic)) == 1
+    # What clinic does not count, it does not limit.
+    for _ in range(3):
+        ledger.spend(ward, replace(everything, unit="patient"), [clinic, ward])
+    assert len(spent_in(place, clinic)) == 1
+
+
+def test_a_part_of_a_population_that_was_split_does_not_overspend_the_other(place: Path) -> None:
+    ledger = ledger_in(place)
+    ledger.spend(CLINIC, replace(WHOLE, sigma=20.0))
+    ledger.spend(CLINIC, replace(WHOLE, sigma=20.0, data_set="letters"))
+    notes, letters = (
+        Population(f"{name}-only", (name,), ("record",), limit, 1e-5)
+        for name, limit in (("notes", 9.0), ("letters", 3.0))
+    )
+    spend = replace(WHOLE, sigma=1.7)
+    ledger.spend(notes, spend, [notes, letters])
+    with pytest.raises(Refusal, match="population letters-only: the budget is epsilon 3"):
+        ledger.spend(notes, spend, [notes, letters])
 
 
 def test_a_population_that_ever_spent_as_the_institution_counts_all_such_spends(place: Path) -> None:
@@ -678,7 +708,6 @@ def test_a_ledger_that_is_put_back_is_noticed_by_whoever_knows_the_later_one(pla
     ledger = _spend_three(place)
     earlier = {file.name: file.read_bytes() for file in place.iterdir()}
     ledger.spend(CLINIC, WHOLE)
-    ledger.entries()
     for name, content in earlier.items():
         (place / name).write_bytes(content)
     with pytest.raises(StorageError, match="it was put back"):
@@ -812,9 +841,11 @@ def test_what_is_known_is_not_read_again(place: Path, monkeypatch: pytest.Monkey
     ledger = _spend_three(place)
     monkeypatch.setattr(chain, "read_entry", counted)
     ledger.entries()
-    assert read == lines_of(place)[-1:]
-    ledger.entries()
-    assert len(read) == 1
-    entry: Entry = ledger_in(place).entries()[-1]
-    assert chain.line_of(entry) == lines_of(place)[-1]
-    assert len(read) == 1 + 4
+    assert [chain.line_of(entry) for entry in ledger.entries()] == lines_of(place)
+    assert not read  # what it wrote itself
+    other = ledger_in(place)
+    assert [chain.line_of(entry) for entry in other.entries()] == lines_of(place)
+    ledger.spend(CLINIC, WHOLE)
+    assert len(read) == 4
+    assert [chain.line_of(entry) for entry in other.entries()] == lines_of(place)
+    assert len(read) == 4 + 1

@@ -152,6 +152,25 @@ def test_the_rounds_that_are_left_are_those_that_the_ledger_lets_pass(ledger: Le
         ledger.spend(CLINIC, private)
 
 
+def test_the_rounds_that_are_left_fit_into_every_budget_that_counts_them(ledger: Ledger) -> None:
+    ward = Budget(("scans",), ("institution",), 90.0, 1e-5)
+    policy = replace(POLICY, populations={**POLICY.populations, "ward": ward})
+    privacy = PrivacyConfig(mode="institution", noise_multiplier=4.0, delta=1e-5)
+    asked = replace(CONFIG, data=replace(CONFIG.data, name="scans"), privacy=privacy)
+    clinic, scans = forecasts(ledger.entries(), policy, asked)
+    letters = forecasts(ledger.entries(), POLICY, asked)[1]
+    assert clinic.tightest == scans.tightest == letters.tightest == policy.population_of("notes")
+    assert clinic.rounds_left == scans.rounds_left == letters.rounds_left
+    assert clinic.rounds_left is not None
+    population, event = policy.population_of("scans"), clinic.event
+    assert event is not None
+    spend = Spend.of(event, "institution", "next", 1, 1, "scans")
+    for _ in range(clinic.rounds_left):
+        ledger.spend(population, spend, policy.budgeted)
+    with pytest.raises(Refusal, match="population clinic"):
+        ledger.spend(population, spend, policy.budgeted)
+
+
 def test_what_the_policy_does_not_allow_has_no_rounds() -> None:
     for privacy in (PrivacyConfig(), replace(CONFIG.privacy, mode="record")):
         clinic, scans = forecasts((), POLICY, replace(CONFIG, privacy=privacy))

@@ -255,6 +255,20 @@ def test_a_round_beyond_the_budget_is_refused_before_any_record_is_read(
     assert len(spends(member)) == 1
 
 
+def test_a_round_beyond_another_populations_budget_by_institution_is_refused(
+    deployed: Callable[..., Guarded], start: Adapter
+) -> None:
+    """Everything that an institution sends is one unit, whichever data set the coordinator names."""
+    place = deployed("institution")
+    event = part_of(place.institution(), place.plan(start)).event
+    assert event is not None
+    budget = Budget(("letters",), ("institution",), 1.05 * epsilon([event], DELTA).rdp, DELTA)
+    place.policy = replace(place.policy, populations={"clinic": budget})
+    assert isinstance(place.institution().answer(place.request(start)), Keys)
+    member = place.institution(data=Untouchable())
+    assert member.answer(TrainRequest(place.plan(start, 2, attempt=2), start)) == Refused(BUDGET_EXHAUSTED, member.name)
+
+
 def test_a_run_without_noise_on_a_population_with_a_budget_is_refused_at_hello(
     deployed: Callable[..., Guarded],
 ) -> None:
