@@ -27,7 +27,7 @@ from client.private_training import NoisedStep, clipped_sum, noised_step, train_
 from client.secure import Update
 from client.state import LocalState, StateStore
 from client.training import Assignment, Trained, train
-from client.units import PATIENT, RECORD, Unit, units_under
+from client.units import PATIENT, RECORD, Unit, require_units_apart, units_under
 from common import fixed_point
 from common.adapter import Adapter
 from common.config import ModelConfig, TrainConfig
@@ -86,22 +86,25 @@ class LocalRound:
         What the attempt spends of a privacy budget is in the ledger before the first record is read, so that it is
         spent whatever comes of it: that training fails, and how, tells of the records too.
 
-        Raises, before any record is read: Refusal(settings_differ), Refusal(malformed),
-        Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) and StorageError. Then DataError and StorageError.
+        Raises, before any record is read: Refusal(settings_differ), Refusal(malformed), ModelError
+        for one that bounds no unit's influence, Refusal(rounds_per_day_exceeded), Refusal(budget_exhausted) and
+        StorageError. Then DataError and StorageError.
         """
         privacy = self.plan.settings.privacy
         if former is not None and not privacy.shared_noise:
             return former, self._noised(former)
-        self._begin()
+        self._begin(model)
         if privacy.mode == "distributed":
             vector = self._noised(self._summed_gradients(start, model))
             return vector, vector
         update = self._trained_update(start, model) if former is None else former
         return update, self._noised(update)
 
-    def _begin(self) -> None:
+    def _begin(self, model: LoraModel) -> None:
         """All that must hold before a record is read."""
         self._require_settings()
+        if self.plan.settings.privacy.samples:
+            require_units_apart(model)
         with asked_for():
             _ = self.plan.layout, self._step  # before the round counts
         if self.guard is not None:

@@ -8,6 +8,8 @@ import torch
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
+from common.config import LEAST_CLIP
+from common.errors import ConfigError
 from common.privacy.noise import NoiseSource, normals
 
 _ROOM = 1 - 2**-20
@@ -19,7 +21,11 @@ def sums_of_clipped(gradients: Sequence[torch.Tensor], clip: float) -> list[torc
 
     A unit whose gradient is not finite, or so large that float32 cannot scale it to `clip`, contributes zeros: that too
     depends on the unit alone, and is within the bound.
+
+    Raises ConfigError for a clip below LEAST_CLIP, where rounding carries above it what was scaled to it.
     """
+    if not clip >= LEAST_CLIP:
+        raise ConfigError(f"expected a clip of at least {LEAST_CLIP:g}, found {clip:g}")
     squares = [
         torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square() for gradient in gradients
     ]

@@ -14,6 +14,7 @@ from client.findings import Found
 from client.policy_file import InstitutionPolicy
 from client.state import LocalState
 from client.training import Assignment, train
+from client.units import require_units_apart
 from common.base_model import fingerprint, model_directory
 from common.config import LoraConfig, TrainConfig
 from common.errors import ConfigError, ModelError
@@ -59,6 +60,8 @@ def device(machine: Machine, terms: InstitutionPolicy) -> Found[LoraModel]:
             " depend on its neighbours by more than last bits, which no noise is for; set machine.dtype: float32 in"
             " data.yaml"
         )
+    if by_unit:
+        require_units_apart(model)
     return Found(model, told, warnings, numbers)
 
 

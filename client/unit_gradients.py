@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from client.units import Unit
+from client.units import Unit, require_units_apart
 from common.adapter import Adapter
 from common.errors import ConfigError, ModelError
 from common.models import LoraModel
@@ -139,7 +139,8 @@ class UnitGradients:
         self._entered = ExitStack()
 
     def __enter__(self) -> UnitGradients:
-        """Raises ConfigError when the architecture cannot checkpoint."""
+        """Raises ConfigError when the architecture cannot checkpoint, and what `require_units_apart` raises."""
+        require_units_apart(self.model)
         tried, this = _TRIED.setdefault(self.model, {}), (self.checkpointing, tuple(self.parameters))
         if this not in tried:
             tried[this] = _can_share_rows(self)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.config import PrivacyConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from common.examples import Tokenised
 from common.records import Record
 from common.text import Example
+
+if TYPE_CHECKING:
+    from common.models import LoraModel
 
 RECORD, PATIENT = "record", "patient"
 
@@ -68,6 +72,16 @@ def units_under(privacy: PrivacyConfig, records: Sequence[Record], tokenised: To
     """
     unit = PATIENT if privacy.mode == PATIENT else RECORD
     return units_of(records, tokenised, unit, privacy.records_per_person, _EVERY_RUN)
+
+
+def require_units_apart(model: LoraModel) -> None:
+    """Raises ModelError for a model in which a unit's gradient depends on the units before it, whatever its rows."""
+    if model.remembers:
+        raise ModelError(
+            f"{model.path}: expected a base model whose rotary positions follow from a text alone, found"
+            " rope_type: dynamic, which goes by the longest text so far; a unit's gradient would depend on other units,"
+            " which no noise is for. Use another base model, or rope_type: linear, yarn or llama3 if it bears that"
+        )
 
 
 def _unit(own: list[tuple[bytes, tuple[Example, ...]]], most: int) -> Unit:

@@ -223,6 +223,10 @@ class SecureAggregationConfig:
     timeout_s: float = 120.0
 
 
+LEAST_CLIP = 1e-12
+"""Below it, clipped gradients come near the smallest numbers that float32 has, and rounding may double a norm."""
+
+
 @dataclass(frozen=True)
 class PrivacyConfig:
     """What the published adapter may tell of one unit of privacy (Dwork & Roth 2014), and how that is reached.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from common import methods
-from common.config import COORDINATOR, POOLED, ColumnsConfig, InstitutionConfig
+from common.config import COORDINATOR, LEAST_CLIP, POOLED, ColumnsConfig, InstitutionConfig
 from common.fixed_point import RING_BITS, member_bits
 from common.formats import NOBODY
 from common.secagg.terms import smallest_cohort
@@ -178,7 +178,7 @@ RULES: dict[str, Rule] = {
     "privacy.epsilon": _NOT_NEGATIVE,
     "privacy.delta": Rule("a number above 0, below 0.1", lambda value: 0 < value < 0.1),
     "privacy.noise_multiplier": _NOT_NEGATIVE,
-    "privacy.clip": _POSITIVE,
+    "privacy.clip": Rule(f"a finite number of at least {LEAST_CLIP:g}", lambda value: LEAST_CLIP <= value < math.inf),
     "privacy.sampling_rate": _SHARE_NOT_ZERO,
     "privacy.records_per_person": _whole(1),
     "quantise.clip": _POSITIVE,

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Rotary positions that change with the longest document of a batch (Su et al. 2021; LongRoPE, Ding et al. 2024).
-_ROW_LENGTH = ("dynamic", "longrope")
+# Rotary positions that change with the longest document of a batch (Su et al. 2021; LongRoPE, Ding et al. 2024). Those
+# of the first kind stay as that document left them, until a short one comes.
+_DYNAMIC = "dynamic"
+_ROW_LENGTH = {_DYNAMIC, "longrope"}
 
 
 class LoraModel:
@@ -64,6 +66,11 @@ class LoraModel:
         base = self.peft.get_base_model()
         count: int = base.num_parameters() - self.read().parameters
         return count
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what a document gives depends on those before it."""
+        return _DYNAMIC in _ropes(self.peft.get_base_model().config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +139,7 @@ class LoraModel:
     def _padded_logits(self, pack: Pack) -> torch.Tensor:
         import torch
 
-        if len(pack.lengths) > 1 and _rope(self.peft.get_base_model().config) in _ROW_LENGTH:
+        if len(pack.lengths) > 1 and _ropes(self.peft.get_base_model().config) & _ROW_LENGTH:
             return torch.cat([self._padded_logits(alone) for alone in pack.documents()])
         rows = pack.ids[0].split(list(pack.lengths))
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [b, s]
@@ -230,15 +237,17 @@ def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
 
 
-def _rope(config: Any) -> str:
-    """The kind of rotary positions, as far as the configuration says."""
-    settings = getattr(config, "rope_parameters", None) or {}
-    return str(settings.get("rope_type", "")) if isinstance(settings, dict) else ""
+def _ropes(config: Any) -> set[str]:
+    """The kinds of rotary positions, of all layers or by kind of layer, as far as the configuration says."""
+    said = getattr(config, "rope_parameters", None)
+    settings = said if isinstance(said, dict) else {}
+    every = [one for one in (settings, *settings.values()) if isinstance(one, dict)]
+    return {str(one["rope_type"]) for one in every if "rope_type" in one}
 
 
 def _sees_the_row(config: Any) -> bool:
     """Whether something depends on the row's longest document, or stands in the mask, which packed rows have not."""
-    return _rope(config) in _ROW_LENGTH or getattr(config, "attention_chunk_size", None) is not None
+    return bool(_ropes(config) & _ROW_LENGTH) or getattr(config, "attention_chunk_size", None) is not None
 
 
 def _load_base(directory: Path, model: ModelConfig, device: torch.device, packed: bool) -> Any:

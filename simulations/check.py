@@ -20,6 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from client.units import require_units_apart
 from common.chat import special_ids
 from common.config import COORDINATOR, Config
 from common.errors import DataError
@@ -189,7 +190,9 @@ def _try_model(config: Config, prints: Mapping[str, Footprint]) -> bool:
     weights = max(found.weights for found in prints.values())
     if weights > memory_of(config) / 2:
         return False
-    load(config.model, config.lora, config.seed)
+    model = load(config.model, config.lora, config.seed)
+    if config.privacy.samples:
+        require_units_apart(model)
     return True
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -33,7 +35,16 @@ from common.config import Config, PrivacyConfig
 from common.errors import DataError, Refusal
 from common.examples import examples_of
 from common.fixed_point import Ring
-from common.messages import DATA_UNREADABLE, INTERNAL_ERROR, STORAGE_FAILED, Introduction, Plan, Refused, TrainRequest
+from common.messages import (
+    DATA_UNREADABLE,
+    INTERNAL_ERROR,
+    MODEL_UNUSABLE,
+    STORAGE_FAILED,
+    Introduction,
+    Plan,
+    Refused,
+    TrainRequest,
+)
 from common.methods import METHODS
 from common.models import LoraModel
 from common.policy_reasons import BUDGET_EXHAUSTED, PRIVACY_REQUIRED
@@ -267,6 +278,21 @@ def test_a_round_beyond_another_populations_budget_by_institution_is_refused(
     assert isinstance(place.institution().answer(place.request(start)), Keys)
     member = place.institution(data=Untouchable())
     assert member.answer(TrainRequest(place.plan(start, 2, attempt=2), start)) == Refused(BUDGET_EXHAUSTED, member.name)
+
+
+@pytest.mark.parametrize("mode", ["record", "patient", "distributed"])
+def test_a_base_in_which_units_change_each_other_is_refused_before_anything_is_spent(
+    mode: str, tmp_path: Path, base_model: str, start: Adapter
+) -> None:
+    config = json.loads((Path(base_model) / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    shutil.copytree(base_model, tmp_path / "dynamic")
+    (tmp_path / "dynamic" / "config.json").write_text(json.dumps(config))
+    place = Guarded(tmp_path, str(tmp_path / "dynamic"))
+    place.config = private(place.config, mode)
+    member = place.institution(data=Untouchable())
+    assert member.answer(place.request(start)) == Refused(MODEL_UNUSABLE, member.name)
+    assert spends(member) == []
 
 
 def test_a_run_without_noise_on_a_population_with_a_budget_is_refused_at_hello(

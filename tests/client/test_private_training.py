@@ -22,7 +22,7 @@ from client.state import LocalState
 from client.training import Assignment, Trained, train
 from client.units import Unit
 from common.adapter import Adapter, flatten, is_a, is_b
-from common.config import LoraConfig, ModelConfig, TrainConfig
+from common.config import LEAST_CLIP, LoraConfig, ModelConfig, TrainConfig
 from common.errors import ConfigError, DataError
 from common.methods import METHODS
 from common.models import LoraModel, load
@@ -209,7 +209,7 @@ anything = st.one_of(
 
 @given(
     units=st.lists(st.lists(anything, min_size=6, max_size=6), min_size=1, max_size=5),
-    clip=st.floats(1e-6, 1e6),
+    clip=st.floats(LEAST_CLIP, 1e6),
 )
 @settings(deadline=None, derandomize=True, max_examples=500)
 def test_no_unit_contributes_more_than_the_clip(units: list[list[float]], clip: float) -> None:
@@ -228,6 +228,17 @@ def test_no_unit_contributes_more_than_the_clip(units: list[list[float]], clip: 
         total += mine
     together = torch.cat([part.flatten() for part in sums_of_clipped(parts, clip)]).double()
     torch.testing.assert_close(together, total, rtol=0, atol=1e-6 * clip * len(units))
+
+
+@pytest.mark.parametrize("size", [3e-38, 3e-8, 1e3])
+def test_the_bound_holds_for_the_least_clip_and_a_smaller_one_is_refused(size: float) -> None:
+    """Of many equal numbers each may be rounded up, and near the smallest that float32 has that would be to twice."""
+    gradient = torch.full((1, 63_488), size)
+    (mine,) = sums_of_clipped([gradient], LEAST_CLIP)
+    assert float(mine.double().norm()) <= LEAST_CLIP
+    for clip in (LEAST_CLIP / 2, 1.8e-43, 0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="expected a clip of at least 1e-12"):
+            sums_of_clipped([gradient], clip)
 
 
 def test_without_units_there_is_a_sum_too() -> None:

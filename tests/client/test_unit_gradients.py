@@ -19,10 +19,11 @@ from client.unit_gradients import Layout, UnitGradients
 from client.units import Unit
 from common.adapter import Adapter, is_b
 from common.config import LoraConfig, ModelConfig
+from common.errors import ModelError
 from common.models import LoraModel, load, save_adapter
 from common.text import Example, pack
 from tests.common.conftest import write_tokenizer
-from tests.common.test_architectures import ARCHITECTURES, OLD, write_architecture
+from tests.common.test_architectures import ARCHITECTURES, OLD, SMALL, write_architecture, write_model
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 EVERYWHERE = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=["all-linear"])
@@ -286,6 +287,40 @@ class _Mixing(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         found: torch.Tensor = self.inner(hidden, **kwargs)
         return found + 0.1 * found.mean(dim=tuple(range(found.dim() - 1)), keepdim=True)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("LlamaConfig", {**SMALL, "rope_parameters": DYNAMIC}),
+        (
+            "Gemma3TextConfig",
+            {
+                **SMALL,
+                "head_dim": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": PLAIN},
+            },
+        ),
+    ],
+)
+def test_a_base_that_remembers_how_long_texts_were_is_refused(
+    kind: str, settings: dict[str, Any], tokenizer_files: Path, tmp_path: Path
+) -> None:
+    """A text longer than the model was made for changes what every long one after it gives, in rows of its own too."""
+    write_model(kind, {**settings, "max_position_embeddings": 16}, tmp_path / "model", tokenizer_files)
+    model = load(ModelConfig(str(tmp_path / "model"), device="cpu"), EVERYWHERE, 1)
+    write_random(model)
+    first, longest, short = (Unit(documents((length,))) for length in (24, 60, 4))
+    before = alone(model, [short, first])[1:]
+    assert apart(alone(model, [short, longest, first])[2:], before) > 0.01
+    assert apart(alone(model, [short, first])[1:], before) < SAME[torch.float32]
+    with pytest.raises(ModelError, match="expected a base model whose rotary positions follow from a text alone"):
+        computed(model, [first])
 
 
 def test_a_base_that_mixes_documents_takes_one_unit_at_a_time(base_model: str) -> None:

@@ -92,6 +92,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
 def write_architecture(name: str, directory: Path, tokenizer: Path) -> tuple[Path, bool]:
     """A small random model of an architecture, and whether it takes packed rows."""
     kind, settings, packed = ARCHITECTURES[name]
+    write_model(kind, settings, directory, tokenizer)
+    return directory, packed
+
+
+def write_model(kind: str, settings: dict[str, Any], directory: Path, tokenizer: Path) -> None:
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
     with torch.no_grad():  # random weights are so small that attention hardly matters
@@ -101,7 +106,6 @@ def write_architecture(name: str, directory: Path, tokenizer: Path) -> tuple[Pat
     base.save_pretrained(directory)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / file, directory / file)
-    return directory, packed
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
