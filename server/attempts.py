@@ -23,13 +23,15 @@ class Begun:
     """Attempts at the sum over one global adapter.
 
     number: of its latest attempt; attempts count through a run. adapter: digest of the global adapter. members: cohort
-    of the first attempt at this sum. survivors: the set that was named for consent; None before that.
+    of the first attempt at this sum. survivors: the set that was named for consent; None before that. tries: how many
+    attempts there were at this sum.
     """
 
     number: int = 0
     adapter: str = ""
     members: tuple[str, ...] = ()
     survivors: tuple[str, ...] | None = None
+    tries: int = 1
 
 
 class Attempts:
@@ -63,7 +65,7 @@ class Attempts:
                     f"{len(cohort)} institutions are left of the {terms.members} that this round began with, "
                     f"{terms.survivors} are needed. Resume when they are back; what was complete is kept."
                 )
-            begun = replace(before, number=number)
+            begun = replace(before, number=number, tries=before.tries + 1)
         self._keep(begun)
         return replace(begun, members=cohort), terms
 
@@ -96,6 +98,7 @@ class Attempts:
             latest, *before = [
                 Begun(
                     number=int(one["number"]),
+                    tries=int(one["tries"]),
                     adapter=str(one["adapter"]),
                     members=tuple(one["members"]),
                     survivors=None if one["survivors"] is None else tuple(one["survivors"]),

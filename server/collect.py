@@ -71,7 +71,7 @@ class Collected:
     """The sum of a round.
 
     contributors: whose vectors are in it. refused: reason codes of those who were asked and are not. attempts: how many
-    it took. bytes_up, bytes_down: the most that any institution sent, and received.
+    it took, those before a resume among them. bytes_up, bytes_down: the most that any institution sent, and received.
     """
 
     summed: Decoded

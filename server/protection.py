@@ -156,8 +156,8 @@ class Protection:
         if deployed:
             return (
                 "No institution tells the coordinator what it spent: this is what the settings cost one that took part"
-                " in every round, the most there can be but for attempts that a crash made the coordinator forget. Each"
-                " one's ledger has its own figure, and what other runs added (`silotune-client ledger show`)."
+                " in every round and attempt. One that trained a round again, as after a restart of its own, spent"
+                " more. Each one's ledger has its own figure, and what other runs added (see `silotune-client ledger`)."
             )
         return (
             "This is what each institution's own ledger says. In a simulation noise follows from the seed: it shows"

@@ -41,13 +41,13 @@ def collect_securely(
     """
     refused: dict[str, str] = {}
     repeats = config.secure_aggregation.repeats
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         attempt = _Attempt(plan, members, config, roster, attempts, clock, on_heard)
         try:
             collected = attempt.run(adapter)
             # A survivor that fell silent after its vector was added is in the sum all the same.
             gone = {n: why for n, why in (refused | attempt.refused).items() if n not in collected.contributors}
-            return replace(collected, refused=gone, attempts=repeat + 1)
+            return replace(collected, refused=gone, attempts=attempt.tries)
         except (AttemptFailed, CorruptSum) as error:
             said = (
                 ", ".join(f"{name}: {reason}" for name, reason in sorted(attempt.refused.items())) or "nobody refused"
@@ -82,6 +82,7 @@ class _Attempt:
         secure = SecurePlan(begun.number, roster.digest(), terms, layout.length, layout.ring_bits)
         self.plan = replace(draft, secure=secure)
         self.number = begun.number
+        self.tries = begun.tries
         self.refused: dict[str, str] = {}
         self._aggregator = Aggregator(self.plan.attempt, roster)
         self._members = members

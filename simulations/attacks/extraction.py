@@ -49,6 +49,11 @@ EACH = 4  # secrets of each number of repetitions
 ALTERNATIVES = 255
 
 _ROOM = 4  # tokens that an answer may be longer than the secret
+_OFTEN = 20
+"""By Markov's inequality, more than so many times what is expected at most comes up in fewer than 1 of 20 attacks. Each
+number of repetitions is judged by itself, at its part of that: secrets in many records may be said, and would otherwise
+excuse those in one.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,10 @@ def planted(ground: Ground, secrets: Sequence[Secret]) -> Ground:
     return Ground(prepare.from_now_on(config, folder), RunDirectory(ground.runs / NAME))
 
 
+Answer = tuple[bool, float]
+"""Whether a secret is said, and its exposure in bits."""
+
+
 def attack(ground: Ground, tell: Told) -> Result:
     """Attacks every arm. Raises DataError, ModelError and RunStopped as their names say."""
     secrets = secrets_of(ground.config.seed)
@@ -111,7 +120,7 @@ def attack(ground: Ground, tell: Told) -> Result:
     return result(mine.config, epsilon, secrets, found, published(adapters[PRIVATE, ""]))
 
 
-def asked(model: LoraModel, adapter: Adapter, secrets: Sequence[Secret], config: Config) -> list[tuple[bool, float]]:
+def asked(model: LoraModel, adapter: Adapter, secrets: Sequence[Secret], config: Config) -> list[Answer]:
     """Of each secret, whether the adapter says it, and its exposure in bits."""
 
     def units(records: Sequence[Record]) -> list[Unit]:
@@ -132,11 +141,16 @@ def asked(model: LoraModel, adapter: Adapter, secrets: Sequence[Secret], config:
     return found
 
 
+def of_repetitions(secrets: Sequence[Secret], answers: Sequence[Answer], repetitions: int) -> list[Answer]:
+    """The answers about secrets that stand in so many records."""
+    return [answer for secret, answer in zip(secrets, answers, strict=True) if secret.repetitions == repetitions]
+
+
 def result(
     config: Config,
     epsilon: float,
     secrets: Sequence[Secret],
-    found: Mapping[str, Sequence[tuple[bool, float]]],
+    found: Mapping[str, Sequence[Answer]],
     note: str,
 ) -> Result:
     """What the answers come to. config: of the run that is attacked. epsilon: what the private arm claims. note: what
@@ -146,7 +160,7 @@ def result(
     measures = []
     for arm, answers in found.items():
         for repetitions in REPETITIONS:
-            of = [answer for secret, answer in zip(secrets, answers, strict=True) if secret.repetitions == repetitions]
+            of = of_repetitions(secrets, answers, repetitions)
             right = sum(yes for yes, _ in of)
             about = f"{right} of {len(of)}, in {repetitions} record{'s' if repetitions > 1 else ''} each"
             measures.append(Measure(arm, f"said, x{repetitions}", right / len(of), about))
@@ -154,17 +168,22 @@ def result(
             most = math.log2(ALTERNATIVES + 1)
             about = "; ".join(part for part in (f"bits, at most {most:g}", note if arm == PRIVATE else "") if part)
             measures.append(Measure(arm, f"exposure, x{repetitions}", mean, about))
-    allowed = expected_at_most(private, epsilon, secrets)
     said = {arm: sum(yes for yes, _ in answers) for arm, answers in found.items()}
-    measures.append(
-        Measure(PRIVATE, "secrets said, expected at most", allowed, f"epsilon {epsilon:.2f} of {private.privacy.mode}")
-    )
+    kept = True
+    for repetitions in REPETITIONS:
+        group = [secret for secret in secrets if secret.repetitions == repetitions]
+        right = sum(yes for yes, _ in of_repetitions(secrets, found[PRIVATE], repetitions))
+        allowed = expected_at_most(private, epsilon, group)
+        limit = _OFTEN * len(REPETITIONS) * allowed
+        kept = kept and right <= limit
+        told = f"more than {limit:.2g} would refute it" if limit < len(group) else "no number would refute it"
+        about = f"epsilon {epsilon:.2f} of {private.privacy.mode}; {told}"
+        measures.append(Measure(PRIVATE, f"expected at most, x{repetitions}", allowed, about))
     return judged(
         NAME,
         "differential privacy",
         promised=own == PRIVATE,
-        # By Markov's inequality: more than 20 times what is expected at most comes up in fewer than 1 of 20 attacks.
-        kept=said[PRIVATE] <= 20 * allowed,
+        kept=kept,
         claim=f"With differential privacy, a unit's secret is said at most {math.exp(min(epsilon, 700.0)):.3g}"
         " (e^epsilon) times as often as by who never saw it.",
         finding=f"Trained again as in this run, with {len(secrets)} secrets among the records, its adapter says"

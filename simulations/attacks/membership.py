@@ -8,6 +8,9 @@ loss: the lower a record's loss, the likelier it was trained on (Yeom et al. 201
 what models that have not seen the record make of it, as offline LiRA with one variance for all (Carlini et al. 2022,
 section 5.4 and equation 4); the reference models are the other institutions' own, trained alone, and the base: what an
 institution has that attacks another one.
+
+What is proved of epsilon is proved of its unit, since a person's records are no independent trials: a person's score is
+the mean over them. Institutions, where they are the unit, are too few to prove anything.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.units import Unit
+from client.units import PATIENT, Unit
 from common.adapter import Adapter
 from common.config import Config
 from common.examples import examples_of
@@ -83,19 +86,39 @@ def attack(ground: Ground, tell: Told) -> Result:
     model = load(config.model, config.lora, config.seed)
     tell("scoring every record under every adapter")
     scores = scored(config, model, found, adapters)
-    epsilon = claimed(with_privacy(config), model.read())
-    return result(config, epsilon, scores, published(adapters[PRIVATE, ""]))
+    private = with_privacy(config)
+    proof = by_unit([scores[PRIVATE, kind] for kind in KINDS], found, private.privacy.mode)
+    return result(config, claimed(private, model.read()), scores, proof, published(adapters[PRIVATE, ""]))
 
 
-Arms = Mapping[tuple[str, str], tuple[Scores, Scores]]
-"""By arm and kind of attack: scores of members and of others, all institutions together."""
+Pair = tuple[Scores, Scores]
+"""Scores of members and of others, all institutions together."""
+Arms = Mapping[tuple[str, str], Pair]
+"""By arm and kind of attack, a score for each record."""
+
+
+def by_unit(scores: Sequence[Pair], found: Mapping[str, Sides], mode: str) -> list[Pair]:
+    """The mean score of each unit that `mode` protects; none of institutions, which are too few to prove anything.
+
+    scores: by kind of attack, of all records of `found` in order.
+    """
+    if mode == "institution":
+        return []
+
+    def of_units(values: Scores, side: str) -> Scores:
+        of = [(name, place, record) for name, s in found.items() for place, record in enumerate(getattr(s, side))]
+        whose = [f"{name}/{record.person if mode == PATIENT else place}" for name, place, record in of]
+        _, unit = np.unique(whose, return_inverse=True)
+        return np.asarray(np.bincount(unit, weights=values) / np.bincount(unit), np.float64)
+
+    return [(of_units(members, "members"), of_units(others, "others")) for members, others in scores]
 
 
 def scored(
     config: Config, model: LoraModel, found: Mapping[str, Sides], adapters: Mapping[tuple[str, str], Adapter]
 ) -> Arms:
     """Scores of all records, higher for likelier members."""
-    scores: dict[tuple[str, str], list[tuple[Scores, Scores]]] = {}
+    scores: dict[tuple[str, str], list[Pair]] = {}
     base = model.read()
     for name, side in found.items():
         kinds = [_units(records, model, config) for records in (side.members, side.others)]
@@ -121,15 +144,16 @@ def _units(records: Sequence[Record], model: LoraModel, config: Config) -> list[
     return [Unit(examples) for examples in examples_of(records, model.tokenizer, config.train).by_record]
 
 
-def result(config: Config, epsilon: float, scores: Arms, note: str) -> Result:
-    """What the scores come to. config: of the run that is attacked. epsilon: what the private arm claims. note: what
-    has to be said of that arm.
+def result(config: Config, epsilon: float, scores: Arms, proof: Sequence[Pair], note: str) -> Result:
+    """What the scores come to. config: of the run that is attacked. epsilon: what the private arm claims. proof: the
+    private arm's scores for each unit of privacy, by each kind of attack; empty where nothing is to be proved. note:
+    what has to be said of that arm.
     """
     privacy, (own, other) = with_privacy(config).privacy, own_and_other(config)
     delta = privacy.delta
     # Bonferroni: the better of two tests is told, so that each has half of what is left open.
     each = 1 - (1 - CONFIDENCE) / len(KINDS)
-    proved = max(rates(*scores[PRIVATE, kind], each).epsilon(delta) for kind in KINDS)
+    proved = max((rates(*units, each).epsilon(delta) for units in proof), default=0.0)
     measures = []
     for (arm, kind), (members, others) in scores.items():
         spread = math.sqrt((len(members) + len(others) + 1) / (12 * len(members) * len(others)))
@@ -137,9 +161,9 @@ def result(config: Config, epsilon: float, scores: Arms, note: str) -> Result:
         said = "; ".join(part for part in (chance, note if arm == PRIVATE else "") if part)
         measures.append(Measure(arm, f"AUC, {kind}", auc(members, others), said))
         measures.append(Measure(arm, f"TPR at 1 % FPR, {kind}", hits_at(members, others, FALSE), f"chance {FALSE:g}"))
-    measures.append(
-        Measure(PRIVATE, "epsilon at least", proved, f"{100 * CONFIDENCE:g} %, claimed {epsilon:.2f} at {delta:g}")
-    )
+    trials = " and ".join(str(len(units)) for units in proof[0]) if proof else "no"
+    about = f"{100 * CONFIDENCE:g} %, by {trials} units of {privacy.mode}, claimed {epsilon:.2f} at {delta:g}"
+    measures.append(Measure(PRIVATE, "epsilon at least", proved, about))
 
     def best(arm: str) -> float:
         return max(auc(*scores[arm, kind]) for kind in KINDS)

@@ -36,8 +36,9 @@ def test_the_first_attempt_of_a_run_is_number_one(file: Path) -> None:
 
 
 def test_numbers_count_through_adapters_and_processes(file: Path) -> None:
-    numbers = [begun(Attempts(file), adapter).number for adapter in ("one", "one", "two", "one", "three")]
-    assert numbers == [1, 2, 3, 4, 5]
+    found = [begun(Attempts(file), adapter) for adapter in ("one", "one", "two", "one", "three")]
+    assert [one.number for one in found] == [1, 2, 3, 4, 5]
+    assert [one.tries for one in found] == [1, 2, 1, 3, 1]
 
 
 def test_an_attempt_is_on_disk_before_anybody_can_be_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def test_an_attempt_is_on_disk_before_anybody_can_be_told(file: Path, monkeypatc
     attempts = Attempts(file)
     begun(attempts)
     assert json.loads(file.read_text()) == [
-        {"number": 1, "adapter": "one", "members": list(FOUR), "survivors": None},
+        {"number": 1, "adapter": "one", "members": list(FOUR), "survivors": None, "tries": 1},
     ]  # fmt: skip
     assert [path.parent.name for path in synced] == ["run", file.parent.parent.name]
     synced.clear()
@@ -128,7 +129,7 @@ def test_an_older_sum_is_gone_back_to_as_it_was(resumed: bool, file: Path) -> No
     if resumed:
         attempts = Attempts(file)
     found, terms = attempts.begin("one", FIVE, 1, 3)
-    assert found == Begun(3, "one", FOUR, FOUR)
+    assert found == Begun(3, "one", FOUR, FOUR, 2)
     assert terms == Terms.of(5, 1, 3)
 
 
@@ -206,4 +207,4 @@ def test_on_a_full_disk_nothing_is_begun_and_no_set_is_named(
         begun(attempts) if step == "begin" else attempts.name(FOUR)
     assert file.read_bytes() == before
     monkeypatch.undo()
-    assert begun(attempts) == Begun(2, "one", FOUR, None)
+    assert begun(attempts) == Begun(2, "one", FOUR, None, 2)

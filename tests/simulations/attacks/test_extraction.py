@@ -80,6 +80,31 @@ def test_a_secret_that_should_not_be_said_breaks_the_claim(epsilon: float, verdi
 
 
 @pytest.mark.parametrize(
+    ("epsilon", "repetitions", "verdict"),
+    [
+        (1.0, 1, "broken"),
+        (8.0, 1, "broken"),
+        (1.0, 4, "broken"),
+        (8.0, 4, "held"),
+        (1.0, 16, "held"),
+        (8.0, 16, "held"),
+    ],
+)
+def test_secrets_in_many_records_do_not_excuse_those_in_one(epsilon: float, repetitions: int, verdict: str) -> None:
+    """Where a record is the unit, sixteen records bound nothing, and four of them only a small epsilon."""
+    config = replace(CONFIG, privacy=PrivacyConfig("record", epsilon=epsilon, delta=1e-5))
+    secrets = secrets_of(1)
+    silent = [(False, 1.0)] * len(secrets)
+    says = [(secret.repetitions == repetitions, 8.0) for secret in secrets]
+    found = dict.fromkeys((BASE, LOCAL, FEDERATED), silent) | {PRIVATE: says}
+    result = extraction.result(config, epsilon, secrets, found, "")
+    assert result.verdict == verdict
+    told = {measure.what: measure.note for measure in result.measures}
+    assert "no number would refute it" in told["expected at most, x16"]
+    assert " would refute it" in told["expected at most, x1"]
+
+
+@pytest.mark.parametrize(
     ("private_says", "verdict", "words"),
     [(False, "not promised", "not this run, held."), (True, "broken", "not this run, was BROKEN.")],
 )

@@ -12,14 +12,15 @@ import pytest
 from client.state import LocalState
 from client.training import Assignment, train
 from common.adapter import Adapter
-from common.config import TrainConfig
+from common.config import Config, PrivacyConfig, TrainConfig
 from common.config_files import load
 from common.examples import examples_of
 from common.models import LoraModel
-from common.records import read_jsonl
+from common.records import Record, read_jsonl
 from simulations.attacks import membership
 from simulations.attacks.arms import BASE, FEDERATED, LOCAL, PRIVATE, open_ground, with_privacy
-from simulations.attacks.membership import LOSS, RATIO, Sides, scored, sides
+from simulations.attacks.membership import KINDS, LOSS, RATIO, Sides, by_unit, scored, sides
+from simulations.attacks.result import Result
 from simulations.generate.federation import alike, generate
 
 CONFIG = load("smoke")
@@ -71,7 +72,7 @@ def test_what_was_learned_by_heart_is_told_apart(model: LoraModel, start: Adapte
     # A ratio is against models that did not see the record: here the base alone.
     np.testing.assert_allclose(found[LOCAL, RATIO][0], found[LOCAL, LOSS][0] - found[BASE, LOSS][0])
     private = with_privacy(CONFIG)
-    result = membership.result(private, 8.0, found, "")
+    result = membership.result(private, 8.0, found, by_unit(proof_of(found), {"a": side}, "patient"), "")
     assert result.verdict == "held"
     assert result.value(LOCAL, "AUC, likelihood ratio") == curves[LOCAL, RATIO]
 
@@ -79,6 +80,15 @@ def test_what_was_learned_by_heart_is_told_apart(model: LoraModel, start: Adapte
 # Every value twice, so that the half that chooses the threshold and the half that proves it are the same.
 ALIKE = (np.repeat(np.arange(100.0), 2), np.repeat(np.arange(100.0), 2))
 APART = (ALIKE[0] + 300, ALIKE[1])
+
+
+def proof_of(found: membership.Arms) -> list[membership.Pair]:
+    return [found[PRIVATE, kind] for kind in KINDS]
+
+
+def judge(config: Config, epsilon: float, found: membership.Arms) -> Result:
+    """Where every record is a unit."""
+    return membership.result(config, epsilon, found, proof_of(found), "")
 
 
 def scores_of(arm: str, kind: str) -> membership.Arms:
@@ -89,7 +99,7 @@ def scores_of(arm: str, kind: str) -> membership.Arms:
 
 @pytest.mark.parametrize(("epsilon", "verdict"), [(1.0, "broken"), (8.0, "held")])
 def test_a_claim_that_the_rates_forbid_is_broken(epsilon: float, verdict: str) -> None:
-    result = membership.result(with_privacy(CONFIG), epsilon, scores_of(PRIVATE, RATIO), "")
+    result = judge(with_privacy(CONFIG), epsilon, scores_of(PRIVATE, RATIO))
     assert result.verdict == verdict
     assert 2.5 < result.value(PRIVATE, "epsilon at least") < 3.5  # 100 of 100 against 0 or 1 of 100
     assert result.value(PRIVATE, "TPR at 1 % FPR, likelihood ratio") == 1
@@ -105,7 +115,7 @@ def test_a_claim_that_the_rates_forbid_is_broken(epsilon: float, verdict: str) -
 )
 def test_a_run_without_privacy_is_promised_nothing(arm: str, own: str, verdict: str, words: str) -> None:
     """Whatever the private arm beside it withstands; where that arm's claim breaks, it is said."""
-    result = membership.result(CONFIG, 1.0, scores_of(arm, LOSS), "")
+    result = judge(CONFIG, 1.0, scores_of(arm, LOSS))
     assert result.verdict == verdict
     assert "no differential privacy and promises nothing" in result.claim
     assert f"This run's own adapter tells members apart with an AUC of {own}" in result.finding
@@ -118,5 +128,47 @@ def test_the_better_of_two_tests_holds_with_95_percent(kind: str) -> None:
     private = with_privacy(CONFIG)
     most = (0.05 / 4) ** (1 / 100)
     expected = math.log((most - private.privacy.delta) / (1 - most))
-    result = membership.result(private, 8.0, scores_of(PRIVATE, kind), "")
+    result = judge(private, 8.0, scores_of(PRIVATE, kind))
     assert result.value(PRIVATE, "epsilon at least") == pytest.approx(expected)
+
+
+def side_of(persons: dict[str, int], word: str) -> tuple[Record, ...]:
+    """So many records of each person, one after the other in turn."""
+    order = [(place, name) for name, count in persons.items() for place in range(count)]
+    return tuple(Record(f"{word} {name}", str(place), name) for place, name in sorted(order))
+
+
+def test_a_units_score_is_the_mean_over_its_records() -> None:
+    found = {
+        "a": Sides(side_of({"p": 2, "q": 1}, "in"), side_of({"r": 1}, "out")),
+        "b": Sides(side_of({"p": 1}, "in"), side_of({"s": 2}, "out")),
+    }
+    scores = [(np.array([1.0, 2.0, 5.0, 9.0]), np.array([3.0, 4.0, 6.0]))]  # of p, q, p; p. r; s, s
+    ((members, others),) = by_unit(scores, found, "patient")
+    assert (members.tolist(), others.tolist()) == ([3.0, 2.0, 9.0], [3.0, 5.0])  # b's p is another one
+    ((members, others),) = by_unit(scores, found, "record")
+    assert (sorted(members), sorted(others)) == ([1.0, 2.0, 5.0, 9.0], [3.0, 4.0, 6.0])
+    assert by_unit(scores, found, "institution") == []
+
+
+def test_records_of_one_person_do_not_break_an_honest_claim() -> None:
+    """Each person's records show one number with noise for a claim of 0.16; taken as trials they prove too much."""
+    private, rng = with_privacy(CONFIG), np.random.default_rng(0)
+    each = {f"p{number}": 8 for number in range(65)}
+    found = {"a": Sides(side_of(each, "in"), side_of(each, "out"))}
+    as_units = as_records = 0
+    for _ in range(60):
+        pair = (np.tile(rng.normal(0.05, 1, 65), 8), np.tile(rng.normal(0.0, 1, 65), 8))
+        scores = dict.fromkeys(((arm, kind) for arm in (BASE, LOCAL, FEDERATED, PRIVATE) for kind in KINDS), pair)
+        proof = by_unit(proof_of(scores), found, "patient")
+        as_units += membership.result(private, 0.16, scores, proof, "").verdict == "broken"
+        as_records += judge(private, 0.16, scores).verdict == "broken"
+    assert as_units <= 3
+    assert as_records >= 6
+
+
+def test_of_institutions_nothing_is_proved() -> None:
+    config = replace(CONFIG, privacy=PrivacyConfig("institution", epsilon=8.0))
+    result = membership.result(config, 8.0, scores_of(PRIVATE, LOSS), [], "")
+    assert (result.verdict, result.value(PRIVATE, "epsilon at least")) == ("held", 0.0)
+    assert any("by no units of institution" in measure.note for measure in result.measures)
