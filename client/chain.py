@@ -122,10 +122,10 @@ class Form(Generic[E]):
     """What tells one log from another.
 
     word: in what is signed, and in the names of files. title, halt: how errors call it, and what does not happen while
-    it is not as it was left. command: verifies it. remedy: what is to be done then. kind: the class of entries that say
-    they are of that kind, None where there is none. cut_off: the entry at a link that stands for so many bytes with
-    this SHA-256. opens: a first entry begins a log where there is none; without it `Chain.begin` alone does, so that
-    one that was deleted is not begun anew in silence.
+    it is not as it was left. command: verifies it. remedy: what is to be done then. absent: what holds and is to be
+    done where there is none. kind: the class of entries that say they are of that kind, None where there is none.
+    cut_off: the entry at a link that stands for so many bytes with this SHA-256. opens: a first entry begins a log
+    where there is none; without it `Chain.begin` alone does, so that one that was deleted is not begun anew in silence.
     """
 
     word: str
@@ -133,6 +133,7 @@ class Form(Generic[E]):
     halt: str
     command: str
     remedy: str
+    absent: str
     kind: Callable[[str], type[E] | None]
     cut_off: Callable[[Link, int, str], E]
     opens: bool = True
@@ -148,6 +149,17 @@ class Form(Generic[E]):
     def files(self, directory: Path) -> list[Path]:
         """In order."""
         return sorted(directory.glob(f"{self.word}-*.jsonl"))
+
+    def missing(self, directory: Path) -> StorageError:
+        """The error for an institution's own log of which nothing is there."""
+        return StorageError(f"{directory}: expected {self.title}, found none; {self.absent}")
+
+    def spoilt(self, directory: Path, why: str) -> StorageError:
+        """The error for a log that is not as it was left."""
+        return StorageError(
+            f"{self.title} in {directory} is not as it was left: {why}; {self.halt}. See `{self.command}`, and"
+            f" {self.remedy}"
+        )
 
 
 @dataclass(frozen=True)
@@ -403,11 +415,7 @@ class Chain(Generic[E]):
 
     def spoilt(self, why: str) -> StorageError:
         """The error for a log that is not as it was left."""
-        form = self._form
-        return StorageError(
-            f"{form.title} in {self._directory} is not as it was left: {why}; {form.halt}. See `{form.command}`, and"
-            f" {form.remedy}"
-        )
+        return self._form.spoilt(self._directory, why)
 
 
 class Held(Generic[E]):

@@ -63,20 +63,36 @@ def open_copy(form: Form[E], path: Path) -> Copy[E]:
     A directory may be written to meanwhile: what comes later is not looked at. Raises StorageError when there is no log
     or it cannot be read.
     """
+    asked = f"give {form.title}'s directory or an export of it"
     try:
-        return _in_directory(form, path) if path.is_dir() else _in_file(form, path)
+        found = _in_directory(form, path) if path.is_dir() else _in_file(form, path)
     except OSError as error:
-        told = f"{path} cannot be read: {error.strerror}; give {form.title}'s directory or an export of it"
-        raise StorageError(told) from error
+        raise StorageError(f"{path} cannot be read: {error.strerror}; {asked}") from error
+    if found is None:
+        raise StorageError(f"{path}: expected {form.title}, found none; {asked}")
+    return found
 
 
-def _in_directory(form: Form[E], path: Path) -> Copy[E]:
+def own_copy(form: Form[E], directory: Path) -> Copy[E] | None:
+    """The log that an institution keeps in a directory; None where neither a head nor an entry is there.
+
+    Raises StorageError when it cannot be read.
+    """
+    try:
+        return _in_directory(form, directory)
+    except OSError as error:
+        raise StorageError(
+            f"{directory} cannot be read: {error.strerror}; see what lies there and who owns it"
+        ) from error
+
+
+def _in_directory(form: Form[E], path: Path) -> Copy[E] | None:
     for _ in range(_TRIES):
         head = _head_bytes(path)
         parts = tuple((file, file.stat().st_size) for file in form.files(path))
         if _head_bytes(path) == head:  # no entry was finished meanwhile: there is one more than it knows, or none
             if not parts and head is None:
-                raise StorageError(f"{path}: expected {form.title}, found none; there is one once it has an entry")
+                return None
             return Copy(form, parts, None if head is None else read_head(form, head))
     raise StorageError(f"{path}: is written to all the time; try again")
 
@@ -101,10 +117,12 @@ def _in_file(form: Form[E], path: Path) -> Copy[E]:
 def export(form: Form[E], directory: Path, file: Path) -> int:
     """Writes all entries that the head knows, and the head as the last line, into one file; returns their number.
 
-    It does not verify them. Raises StorageError when the head is missing or not genuine, and when `file` is there
-    already or cannot be written.
+    It does not verify them. Raises StorageError when there is no log, when its head is missing or not genuine, and when
+    `file` is there already or cannot be written.
     """
-    copy = open_copy(form, directory)
+    copy = own_copy(form, directory)
+    if copy is None:
+        raise form.missing(directory)
     head = copy.head
     if head is None:
         raise StorageError(f"{directory / HEAD} is missing or was altered; `{form.command}` says more")
@@ -198,6 +216,17 @@ def verify(copy: Copy[E], public: bytes) -> Verdict:
     finding = finding or _head_finding(head, count, at_head, where)
     ahead = finding is None and head is not None and count > head.count
     return Verdict(count, last, cut_off, ahead, finding)
+
+
+def intact(copy: Copy[E], directory: Path, public: bytes) -> Verdict:
+    """What `verify` says of an institution's own log, where that is no finding.
+
+    Raises StorageError, with what does not happen meanwhile and what to do, for a log that is not as it was left.
+    """
+    verdict = verify(copy, public)
+    if verdict.finding is not None:
+        raise copy.form.spoilt(directory, str(verdict.finding))
+    return verdict
 
 
 def _out_of_place(

@@ -10,7 +10,7 @@ import typer
 from common import cli
 
 if TYPE_CHECKING:
-    from client.chain import Form
+    from client.chain import E, Form
     from client.chain_audit import Copy
 
 _SAID = "nothing left for it"
@@ -21,15 +21,14 @@ PublicKey = Annotated[
 ]
 
 
-def verify(form: Form[Any], place: Path, public_key: str | None, card: Path, as_json: bool) -> None:
-    """Checks every entry, the chain and the end of a log, and shows what was found.
+def verify(copy: Copy[E], place: Path, public_key: str | None, card: Path, as_json: bool) -> None:
+    """Checks every entry, the chain and the end of a log, and shows what was found. place: where the log lies.
 
     Raises StorageError that names the first entry that is not as it was written, ConfigError where no key is to be had.
     """
     from client import chain_audit
     from common.errors import StorageError
 
-    copy = chain_audit.open_copy(form, place)
     key, source = _key(public_key, copy, card)
     verdict = chain_audit.verify(copy, key)
     finding = verdict.finding

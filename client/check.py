@@ -14,7 +14,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from itertools import combinations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client import chain_audit, data_sets, egress, keys, ledger, policy_file, trial, trust
-from client.chain import HEAD, Form
+from client.chain_audit import Copy
 from client.control import Control
 from client.data_sets import DataFile, DataSets
 from client.findings import Found, Line, Look, given
@@ -35,7 +35,7 @@ from client.units import PATIENT, RECORD
 from common.bundle import bundle_digest
 from common.config import TrainConfig
 from common.enrolment import check_authority, grouped
-from common.errors import ConfigError, StorageError
+from common.errors import ConfigError
 from common.examples import Tokenised
 from common.messages import PROTOCOL
 from common.models import LoraModel
@@ -265,23 +265,19 @@ def _equal(one: Path, other: Path) -> bool:
 
 
 def _egress(home: ClientHome) -> Found[None]:
-    if not any(home.egress.glob("*.json*")):  # a daemon that has said nothing yet leaves an empty directory
-        return Found(None, "nothing has left yet")
-    return _verified(egress.FORM, home.egress, home)
+    copy = egress.own_copy(home.egress)
+    found = Found(None, "nothing has left yet") if copy is None else _verified(copy, home.egress, home)
+    told = egress.lost(home, copy)
+    return replace(found, told="no entries", warnings=[told]) if told else found
 
 
 def _ledger(home: ClientHome) -> Found[None]:
-    form = ledger.FORM
-    if not (home.ledger / HEAD).exists():
-        raise StorageError(f"{home.ledger}: expected {form.title}, found none; {form.halt} without it: {form.remedy}")
-    return _verified(form, home.ledger, home)
+    return _verified(ledger.own_copy(home.ledger), home.ledger, home)
 
 
-def _verified(form: Form[Any], place: Path, home: ClientHome) -> Found[None]:
+def _verified(copy: Copy[Any], place: Path, home: ClientHome) -> Found[None]:
     """That every entry of a log is as it was written, the last one included."""
-    verdict = chain_audit.verify(chain_audit.open_copy(form, place), keys.card(home).identity)
-    if verdict.finding is not None:
-        raise StorageError(f"{place}: {verdict.finding}; {form.halt} while that is so: see `{form.command}`")
+    verdict = chain_audit.intact(copy, place, keys.card(home).identity)
     return Found(None, f"{verdict.entries} entries, all as they were written", numbers={"entries": verdict.entries})
 
 

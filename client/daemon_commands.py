@@ -84,7 +84,7 @@ def status(home: Home = None, as_json: cli.Json = False) -> None:
     """Show whether the daemon runs and is connected, what it is doing, and which runs wait for approval."""
     from client import daemon
     from client.control import Control
-    from client.egress import open_copy
+    from client.egress import own_copy
     from client.home import ClientHome
     from client.keys import card
 
@@ -93,8 +93,8 @@ def status(home: Home = None, as_json: cli.Json = False) -> None:
     control = Control(where.control)
     running, paused, waiting = daemon.is_running(where), control.paused(), control.waiting()
     found = control.read_status()
-    head = open_copy(where.egress).head if where.egress.is_dir() else None
-    entries = 0 if head is None else head.count
+    log = own_copy(where.egress)
+    entries = 0 if log is None or log.head is None else log.head.count
     with cli.progress_console(as_json) as console:
         cli.say(
             console,

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client import chain, chain_audit
+from client import chain, chain_audit, ledger
 from client.chain import CUT_OFF, HEAD, LARGEST_FILE, Chain, Form, Head, Link
 from client.chain_audit import ADDED, ALTERED, HEAD_WRONG, MOVED, REMOVED, Finding, Verdict, verify
+from client.home import ClientHome
 from common.secagg.canonical import canonical
 from common.secagg.identity import Identity
 
@@ -37,7 +38,9 @@ __all__ = [
     "Verdict",
     "beginning",
     "export",
+    "lost",
     "open_copy",
+    "own_copy",
     "read_entry",
     "verify",
 ]
@@ -107,6 +110,7 @@ FORM = Form(
     halt="nothing leaves",
     command="silotune-client log verify",
     remedy="restore the log; or move the directory away to keep it, and a new log begins",
+    absent="nothing has left yet, and a log begins with `silotune-client up`",
     kind=lambda _: Entry,
     cut_off=_cut_off,
 )
@@ -171,6 +175,26 @@ def read_entry(raw: bytes) -> Entry | None:
 def open_copy(path: Path) -> Copy:
     """The log in a directory, or in the file that `export` wrote. See `chain_audit.open_copy`."""
     return chain_audit.open_copy(FORM, path)
+
+
+def own_copy(directory: Path) -> Copy | None:
+    """The log that an institution keeps in a directory; None where none has begun. Raises StorageError."""
+    return chain_audit.own_copy(FORM, directory)
+
+
+def lost(home: ClientHome, copy: Copy | None) -> str:
+    """What to say of an institution's own log that holds nothing although something must have left; empty else.
+
+    What is in a run's directory or in the ledger came after an answer to the coordinator, which is in the log first.
+    """
+    traces = [f"{home.runs} holds runs"] if any(home.runs.glob("*")) else []
+    traces += [f"{home.ledger} holds what was spent"] if ledger.FORM.files(home.ledger) else []
+    if not traces or (copy is not None and copy.parts):
+        return ""
+    return (
+        f"{home.egress}: expected what left, since {' and '.join(traces)}, found nothing; restore the log. Only where"
+        " it was moved away to be kept, go on: `silotune-client up` begins a new one"
+    )
 
 
 def export(directory: Path, file: Path) -> int:

@@ -164,13 +164,18 @@ _KINDS: dict[str, type[Entry]] = {SPENT: Spent, BUDGET: BudgetSet, NO_BUDGET: Bu
 
 Copy = chain_audit.Copy[Entry]
 
+_REMEDY = (
+    "restore it from a copy; only where nothing was ever spent, move the directory away and begin one with"
+    " `silotune-client ledger begin`"
+)
+
 FORM: Form[Entry] = Form(
     word=Entry.WORD,
     title="the privacy ledger",
     halt="nothing may be spent",
     command="silotune-client ledger verify",
-    remedy="restore it from a copy; only where nothing was ever spent, move the directory away and begin one with"
-    " `silotune-client ledger begin`",
+    remedy=_REMEDY,
+    absent=f"nothing may be spent without it: {_REMEDY}",
     kind=_KINDS.get,
     cut_off=lambda link, size, sha256: CutOff(link.number, link.time, CUT_OFF, size, sha256, link.previous),
     opens=False,
@@ -185,6 +190,17 @@ def read_entry(raw: bytes) -> Entry | None:
 def open_copy(path: Path) -> Copy:
     """The ledger in a directory, or in the file that `export` wrote. See `chain_audit.open_copy`."""
     return chain_audit.open_copy(FORM, path)
+
+
+def own_copy(directory: Path) -> Copy:
+    """The ledger that an institution keeps in a directory.
+
+    Raises StorageError, with what to do, when there is none, and when it cannot be read.
+    """
+    found = chain_audit.own_copy(FORM, directory)
+    if found is None:
+        raise FORM.missing(directory)
+    return found
 
 
 def export(directory: Path, file: Path) -> int:

@@ -37,14 +37,14 @@ def show(
     """Show what was spent and what is left, by population and by run, and how epsilon grew.
 
     Two bounds are told, by composition of privacy loss (PRV) and by Renyi divergences (RDP); the smaller one holds.
-    It does not verify the ledger.
+    Ends with exit code 5, and tells no number, when the ledger is not as it was left: then nothing may be spent.
     """
     from client import policy_file
     from client.keys import own_home
     from client.ledger_account import accounts
 
     where = own_home(home)
-    entries, unreadable = _entries(where.ledger)
+    entries = _entries(where)
     with cli.progress_console(as_json) as console:
         found = accounts(entries, policy_file.read(where.policy), points)
         if not as_json:
@@ -52,10 +52,8 @@ def show(
                 _print_account(account, console)
             if not found:
                 cli.say(console, "nothing was spent, and the policy has no populations")
-        if unreadable:
-            cli.say(console, f"{unreadable} lines are no entries; see `silotune-client ledger verify`")
     if as_json:
-        cli.print_json({"populations": [_account(account) for account in found], "unreadable": unreadable})
+        cli.print_json({"populations": [_account(account) for account in found]})
 
 
 @ledger.command(epilog=cli.EPILOG)
@@ -69,7 +67,8 @@ def forecast(
 ) -> None:
     """Show how many rounds of a configuration still fit into each budget, and what the whole run would cost.
 
-    A round that has to be repeated counts again in modes institution and distributed. Nothing is written.
+    A round that has to be repeated counts again in modes institution and distributed. Nothing is written. Ends with
+    exit code 5 when the ledger is not as it was left: then nothing may be spent.
     """
     from client import policy_file
     from client.keys import own_home
@@ -78,7 +77,7 @@ def forecast(
 
     where = own_home(home)
     asked = load(config, overrides or [])
-    entries, unreadable = _entries(where.ledger)
+    entries = _entries(where)
     with cli.progress_console(as_json) as console:
         found = forecasts(entries, policy_file.read(where.policy), asked)
         rounds = asked.federation.rounds
@@ -89,8 +88,6 @@ def forecast(
             cli.say(
                 console, f"the policy allows no data set {asked.data.name}, which is what this configuration asks for"
             )
-        if unreadable:
-            cli.say(console, f"{unreadable} lines are no entries; see `silotune-client ledger verify`")
     if as_json:
         cli.print_json(
             {
@@ -98,7 +95,6 @@ def forecast(
                 "data_set": asked.data.name,
                 "rounds": rounds,
                 "populations": [_forecast(one, rounds) for one in found],
-                "unreadable": unreadable,
             }
         )
 
@@ -115,10 +111,11 @@ def verify(
     Needs no network, and for a copy no home. Ends with exit code 5 when something was altered, removed or added.
     """
     from client.keys import own_home
-    from client.ledger import FORM
+    from client.ledger import open_copy, own_copy
 
     place = own_home(home).ledger if file is None else file
-    chain_commands.verify(FORM, place, public_key, ClientHome.at(home).card, as_json)
+    copy = own_copy(place) if file is None else open_copy(place)
+    chain_commands.verify(copy, place, public_key, ClientHome.at(home).card, as_json)
 
 
 @ledger.command(epilog=cli.EPILOG)
@@ -162,13 +159,18 @@ def begin(
         cli.print_json({"entries": head.count, "directory": str(where)})
 
 
-def _entries(directory: Path) -> tuple[list[Entry], int]:
-    """All entries, and how many lines are none. Raises StorageError when there is no ledger."""
-    from client.ledger import open_copy, read_entry
+def _entries(home: ClientHome) -> list[Entry]:
+    """All entries; a line that a crash cut off is none.
 
-    found = [read_entry(line.raw) for line in open_copy(directory).lines()]
-    entries = [entry for entry in found if entry is not None]
-    return entries, len(found) - len(entries)
+    Raises StorageError when there is no ledger, or it is not as it was left: what it says would then be too little.
+    """
+    from client.chain_audit import intact
+    from client.keys import card
+    from client.ledger import own_copy, read_entry
+
+    copy = own_copy(home.ledger)
+    intact(copy, home.ledger, card(home).identity)
+    return [entry for line in copy.lines() if (entry := read_entry(line.raw)) is not None]
 
 
 # --- As a program reads it --------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from client.egress import Entry
+    from client.egress import Copy, Entry
 
 log = typer.Typer(help="What left this institution, message by message: show it, verify it, export it.")
+
+_NOTHING = "nothing has left yet"
 
 _FILE = typer.Argument(metavar="[LOG]", help="An exported log, or a copy of the directory; else the one in the home.")
 
@@ -36,18 +38,21 @@ def show(
     """Show what left: when, for which run, round and phase, how many bytes, their digest. It does not verify them."""
     from collections import deque
 
-    from client.egress import open_copy, read_entry
+    from client.egress import read_entry
 
     unreadable = 0
     entries: deque[Entry] = deque(maxlen=last)
-    for line in open_copy(_place(file, home)).lines():
+    copy, _ = _opened(file, home)
+    for line in () if copy is None else copy.lines():
         entry = read_entry(line.raw)
         if entry is None:
             unreadable += 1
         elif run is None or entry.run == run:
             entries.append(entry)
     with cli.progress_console(as_json) as console:
-        if not as_json:
+        if copy is None:
+            cli.say(console, _NOTHING)
+        elif not as_json:
             _print_entries(entries, console)
         if unreadable:
             console.print(f"{unreadable} lines are no entries; see `silotune-client log verify`", highlight=False)
@@ -64,11 +69,18 @@ def verify(
 ) -> None:
     """Check every entry, the chain and the end of the log; name the first entry that is not as it was written.
 
-    Needs no network, and for a copy no home. Ends with exit code 5 when something was altered, removed or added.
+    Needs no network, and for a copy no home. Ends with exit code 5 when something was altered, removed or added, and
+    when the whole log is gone although this institution has answered before.
     """
-    from client.egress import FORM
-
-    chain_commands.verify(FORM, _place(file, home), public_key, ClientHome.at(home).card, as_json)
+    copy, place = _opened(file, home)
+    if copy is not None:
+        chain_commands.verify(copy, place, public_key, ClientHome.at(home).card, as_json)
+        return
+    with cli.progress_console(as_json) as console:
+        cli.say(console, _NOTHING)
+    if as_json:
+        none = dict.fromkeys(("last", "public_key", "key_from", "finding"))
+        cli.print_json({"whole": True, "entries": 0, "ahead": False, "cut_off_bytes": 0, **none})
 
 
 @log.command(epilog=cli.EPILOG)
@@ -77,16 +89,32 @@ def export(
     home: Home = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Write the whole log into one file, which `log verify` checks anywhere. It holds no records and no keys."""
+    """Write the whole log into one file, which `log verify` checks anywhere. It holds no records and no keys.
+
+    Ends with exit code 5, and writes nothing, before the first `up`: there is no log yet.
+    """
     from client.egress import FORM
 
-    chain_commands.export(FORM, _place(None, home), file, as_json)
+    _, place = _opened(None, home)
+    chain_commands.export(FORM, place, file, as_json)
 
 
-def _place(file: Path | None, home: Path | None) -> Path:
+def _opened(file: Path | None, home: Path | None) -> tuple[Copy | None, Path]:
+    """The log that is meant, and where it lies; None for the home's own where nothing has left yet.
+
+    Raises StorageError for a copy that is not there, and for an own log that is gone.
+    """
+    from client.egress import lost, open_copy, own_copy
     from client.keys import own_home
+    from common.errors import StorageError
 
-    return own_home(home).egress if file is None else file
+    if file is not None:
+        return open_copy(file), file
+    own = own_home(home)
+    copy = own_copy(own.egress)
+    if copy is None and (told := lost(own, copy)):
+        raise StorageError(told)
+    return copy, own.egress
 
 
 def _print_entries(entries: deque[Entry], console: Console) -> None:

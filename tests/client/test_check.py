@@ -122,10 +122,15 @@ def tampered_log(here: Enrolled) -> None:
     edit(file, '"bytes":10', '"bytes":11')
 
 
-def tampered_ledger(here: Enrolled) -> None:
+def spend(here: Enrolled) -> None:
     population = Population("clinic", (DATA_SET,), ("record",), 8.0, 1e-5)
-    spend = Spend("gaussian", 1.0, 0.1, 10, "record", "night", 1, 1, DATA_SET)
-    Ledger(here.home.ledger, here.keys.identity).spend(population, spend)
+    step = Spend("gaussian", 1.0, 0.1, 10, "record", "night", 1, 1, DATA_SET)
+    Ledger(here.home.ledger, here.keys.identity).spend(population, step)
+
+
+def tampered_ledger(here: Enrolled) -> None:
+    EgressLog(here.home.egress, here.keys.identity).record("Introduction", Payload(10, "0" * 64))
+    spend(here)
     (file,) = here.home.ledger.glob("ledger-*.jsonl")
     edit(file, '"steps":10', '"steps":1')
 
@@ -230,6 +235,14 @@ TO_MIND: dict[str, tuple[Callable[[Enrolled], object], str, str]] = {
     "no file for a name": (
         lambda here: edit(here.home.policy, 'data_sets: ["notes"]', 'data_sets: ["notes", "images"]'),
         "data file", "allows images",
+    ),
+    "no log of what left, after a run": (
+        lambda here: (here.home.runs / "night").mkdir(parents=True), "egress log", "runs holds runs, found nothing",
+    ),
+    "no log of what left, after a spend": (spend, "egress log", "ledger holds what was spent, found nothing"),
+    "a new log of what left, after a spend": (
+        lambda here: (spend(here), EgressLog(here.home.egress, here.keys.identity).mend()),
+        "egress log", "restore the log. Only where it was moved away to be kept, go on",
     ),
 }  # fmt: skip
 

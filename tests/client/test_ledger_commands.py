@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from client.ledger_commands import ledger as commands
 from client.policy_file import read
 from common import cli
 from common.privacy.accounting import Event, epsilon
+from common.secagg.identity import Identity
 
 app = cli.application("test")
 app.add_typer(commands, name="ledger")
@@ -92,7 +94,6 @@ def test_show_tells_what_is_spent_and_left(home: ClientHome) -> None:
     assert clinic["runs"] == [{"run": "[b]first", "rounds": 3, "updates": 3, "steps": 6, **bounds}]
     assert [point["round"] for point in clinic["over_rounds"]] == [1, 2, 3]
     assert (scans["population"], scans["budget"], scans["left"], scans["units"]) == ("scans", None, None, ["record"])
-    assert found["unreadable"] == 0
     shown = call("show", "--home", home.root)
     assert shown.exit_code == 0
     for text in (
@@ -113,20 +114,92 @@ def test_show_names_the_populations_whose_spends_count_too(home: ClientHome) -> 
     assert "what was spent as clinic" in words(call("show", "--home", home.root))
 
 
-def test_show_says_that_lines_are_no_entries(home: ClientHome) -> None:
-    with (home.ledger / FILE).open("ab") as handle:
-        handle.write(b"{}\n")
-    assert "1 lines are no entries; see `silotune-client ledger verify`" in words(call("show", "--home", home.root))
-    assert told("show", "--home", home.root)["unreadable"] == 1
+# --- A ledger that is not as it was left
 
 
-def test_without_a_ledger_it_says_so(enrolled: tuple[ClientHome, Keys], tmp_path: Path) -> None:
-    home, _ = enrolled
+def edited(file: Path, old: bytes, new: bytes) -> None:
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new))
+
+
+def without_lines(home: ClientHome, *numbers: int) -> None:
+    lines = (home.ledger / FILE).read_bytes().splitlines(keepends=True)
+    (home.ledger / FILE).write_bytes(b"".join(line for number, line in enumerate(lines, 1) if number not in numbers))
+
+
+SPOILT: dict[str, Callable[[ClientHome], object]] = {
+    "no entries": lambda home: (home.ledger / FILE).unlink(),
+    "an empty file": lambda home: (home.ledger / FILE).write_bytes(b""),
+    "the last entries are gone": lambda home: without_lines(home, 5, 6),
+    "an entry in the middle is gone": lambda home: without_lines(home, 3),
+    "a changed number": lambda home: edited(home.ledger / FILE, b'"steps":2', b'"steps":1'),
+    "a line that is none": lambda home: (home.ledger / FILE).write_bytes((home.ledger / FILE).read_bytes() + b"{}\n"),
+    "an empty head": lambda home: (home.ledger / "head.json").write_bytes(b""),
+    "another head": lambda home: (home.ledger / "head.json").write_bytes(b'{"x":1}\n'),
+    "no head": lambda home: (home.ledger / "head.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("command", [["show"], ["show", "--json"], ["forecast", *CONFIG]])
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=list(SPOILT))
+def test_of_a_ledger_that_is_not_as_it_was_left_no_number_is_told(
+    home: ClientHome, spoil: Callable[[ClientHome], object], command: list[str]
+) -> None:
+    spoil(home)
+    shown = call(*command, "--home", home.root)
+    assert (shown.exit_code, shown.stdout) == (5, "")
+    for text in ("is not as it was left", "nothing may be spent", "`silotune-client ledger verify`", "from a copy"):
+        assert text in words(shown)
+
+
+def test_a_ledger_that_another_identity_signed_counts_for_nothing(home: ClientHome, tmp_path: Path) -> None:
+    other = Ledger(tmp_path / "other", Identity.generate("alder"))
+    other.begin()
     shutil.rmtree(home.ledger)
+    shutil.copytree(tmp_path / "other", home.ledger)
+    assert call("show", "--home", home.root).exit_code == 5
+
+
+def test_what_a_crash_leaves_is_no_alarm_and_an_entry_that_was_written_counts(
+    home: ClientHome, enrolled: tuple[ClientHome, Keys]
+) -> None:
+    before = (home.ledger / "head.json").read_bytes()
+    Ledger(home.ledger, enrolled[1].identity).spend(read(home.policy).population_of("notes"), replace(STEP, round=4))
+    (home.ledger / "head.json").write_bytes(before)  # killed before the head was written
+    for _ in range(2):
+        assert told("show", "--home", home.root)["populations"][0]["updates"] == 4
+        assert told("forecast", *CONFIG, "--home", home.root)["populations"]
+        file = home.ledger / FILE
+        file.write_bytes(file.read_bytes() + b'{"number":8')  # killed while it wrote
+
+
+def test_a_ledger_that_has_only_begun_is_whole(enrolled: tuple[ClientHome, Keys]) -> None:
+    (clinic,) = told("show", "--home", enrolled[0].root)["populations"]
+    assert (clinic["updates"], clinic["left"]) == (0, 6.0)
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, lambda ledger: (ledger / "head.json").unlink()], ids=["all", "head"])
+def test_one_that_is_missing_is_told_as_check_tells_it(
+    enrolled: tuple[ClientHome, Keys], tmp_path: Path, lose: Callable[[Path], object]
+) -> None:
+    home, _ = enrolled
+    lose(home.ledger)
     for command in (["show"], ["forecast", *CONFIG], ["verify"], ["export", tmp_path / "file"]):
         shown = call(*command, "--home", home.root)
+        assert (shown.exit_code, shown.stdout) == (5, "")
+        assert f"{home.ledger}: expected the privacy ledger, found none; nothing may be spent without it" in words(
+            shown
+        )
+        assert "restore it from a copy" in words(shown)
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_copy_that_is_not_there_is_asked_for(home: ClientHome, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "nowhere"):
+        shown = call("verify", place, "--home", home.root)
         assert shown.exit_code == 5
-        assert str(home.ledger) in words(shown)
+        assert "give the privacy ledger's directory or an export of it" in words(shown)
 
 
 # --- forecast

@@ -99,12 +99,44 @@ def test_the_home_may_stand_in_the_environment(home: ClientHome, monkeypatch: py
     assert len(json.loads(call("show", "--json").stdout)["entries"]) == 5
 
 
-def test_without_a_log_it_says_so(home: ClientHome, tmp_path: Path) -> None:
+@pytest.mark.parametrize("directory", [False, True])
+def test_before_anything_left_that_is_what_is_told(home: ClientHome, tmp_path: Path, directory: bool) -> None:
     shutil.rmtree(home.egress)
+    if directory:
+        home.egress.mkdir(0o700)
+    for command in ("show", "verify"):
+        shown = call(command, "--home", home.root)
+        assert (shown.exit_code, said(shown)) == (0, "nothing has left yet")
+    assert json.loads(call("show", "--home", home.root, "--json").stdout) == {"entries": [], "unreadable": 0}
+    found = json.loads(call("verify", "--home", home.root, "--json").stdout)
+    assert (found["whole"], found["entries"], found["last"], found["finding"]) == (True, 0, None, None)
+    written = call("export", tmp_path / "file", "--home", home.root)
+    assert written.exit_code == 5  # who reads the file afterwards must not find none in silence
+    assert "nothing has left yet, and a log begins with `silotune-client up`" in said(written)
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_log_that_has_only_begun_is_shown_verified_and_exported(
+    home: ClientHome, identity: Identity, tmp_path: Path
+) -> None:
+    shutil.rmtree(home.egress)
+    EgressLog(home.egress, identity).mend()
+    assert json.loads(call("show", "--home", home.root, "--json").stdout)["entries"] == []
+    assert "0 entries, all as they were written" in said(call("verify", "--home", home.root))
+    assert "0 entries" in said(call("export", tmp_path / "file", "--home", home.root))
+
+
+def test_a_log_that_is_gone_is_told_by_what_it_left_behind(home: ClientHome, tmp_path: Path) -> None:
+    (home.runs / "first").mkdir(parents=True)
+    home.egress.rename(tmp_path / "away")
     for command in (["show"], ["verify"], ["export", tmp_path / "file"]):
         shown = call(*command, "--home", home.root)
         assert shown.exit_code == 5
-        assert str(home.egress) in said(shown)
+        assert f"{home.egress}: expected what left, since {home.runs} holds runs, found nothing" in said(shown)
+    assert "5 entries" in said(call("verify", tmp_path / "away", "--home", home.root))
+
+
+def test_an_option_without_meaning_is_refused() -> None:
     assert call("show", "--last", "0").exit_code == 2
 
 
