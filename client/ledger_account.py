@@ -113,8 +113,9 @@ class Forecast:
 
     allowed: whether the policy lets its mode train there. units: what the epsilons speak of, the mode's own unit among
     them. event: of a round in one attempt; None without noise. spent, whole: so far, and with the whole run besides, at
-    the population's delta. rounds_left: that fit into its budget, and into every other that counts them, the tightest
-    of which is `tightest`'s; None where nothing limits them, and 0 where nothing is allowed.
+    `delta`: that of the population's budget, else the configuration's. rounds_left: that fit into its budget, and into
+    every other that counts them, the tightest of which is `tightest`'s; None where nothing limits them, and 0 where
+    nothing is allowed.
     """
 
     population: Population
@@ -122,6 +123,7 @@ class Forecast:
     allowed: bool
     units: tuple[str, ...]
     event: Event | None
+    delta: float
     spent: Epsilon
     whole: Epsilon | None
     tightest: Population | None
@@ -169,13 +171,15 @@ def _forecast(
 ) -> Forecast:
     spent = spent_by(entries, population)
     past = [entry.event for entry in spent]
+    delta = population.delta if population.limited else config.privacy.delta
     found = Forecast(
         population=population,
         asked=config.data.name in population.data_sets,
         allowed=config.privacy.mode in population.modes,
         units=units_in(spent, *([UNITS[config.privacy.mode]] if config.privacy.private else [])),
         event=event,
-        spent=epsilon(past, population.delta),
+        delta=delta,
+        spent=epsilon(past, delta),
         whole=None,
         tightest=None,
         rounds_left=None,
@@ -192,7 +196,7 @@ def _forecast(
     tightest = min(left, key=lambda one: left[one], default=None)
     return replace(
         found,
-        whole=epsilon([*past, whole], population.delta),
+        whole=epsilon([*past, whole], delta),
         tightest=tightest,
         rounds_left=0 if not found.allowed else None if tightest is None else left[tightest],
     )

@@ -37,6 +37,7 @@ def show(
     """Show what was spent and what is left, by population and by run, and how epsilon grew.
 
     Two bounds are told, by composition of privacy loss (PRV) and by Renyi divergences (RDP); the smaller one holds.
+    They are at the delta of the population's budget; for a data set without one they are at the delta that is shown.
     Ends with exit code 5, and tells no number, when the ledger is not as it was left: then nothing may be spent.
     """
     from client import policy_file
@@ -67,8 +68,9 @@ def forecast(
 ) -> None:
     """Show how many rounds of a configuration still fit into each budget, and what the whole run would cost.
 
-    A round that has to be repeated counts again in modes institution and distributed. Nothing is written. Ends with
-    exit code 5 when the ledger is not as it was left: then nothing may be spent.
+    A round that has to be repeated counts again in modes institution and distributed. Epsilon is told at the delta of a
+    population's budget, and where it has none at the configuration's. Nothing is written. Ends with exit code 5 when
+    the ledger is not as it was left: then nothing may be spent.
     """
     from client import policy_file
     from client.keys import own_home
@@ -180,18 +182,19 @@ def _bounds(found: Epsilon) -> dict[str, float | None]:
     return {"epsilon": found.bound, "prv": found.prv, "rdp": found.rdp}
 
 
-def _population(population: Population) -> dict[str, Any]:
+def _population(population: Population, delta: float, else_from: str) -> dict[str, Any]:
     return {
         "population": population.name,
         "data_sets": list(population.data_sets),
         "budget": population.epsilon if population.limited else None,
-        "delta": population.delta,
+        "delta": delta,
+        "delta_from": "budget" if population.limited else else_from,
     }
 
 
 def _account(account: Account) -> dict[str, Any]:
     return {
-        **_population(account.population),
+        **_population(account.population, account.population.delta, "default"),
         "units": list(account.units),
         "also_counted": list(account.others),
         "updates": account.updates,
@@ -211,7 +214,7 @@ def _account(account: Account) -> dict[str, Any]:
 def _forecast(one: Forecast, rounds: int) -> dict[str, Any]:
     event = one.event
     return {
-        **_population(one.population),
+        **_population(one.population, one.delta, "configuration"),
         "asked": one.asked,
         "allowed": one.allowed,
         "units": list(one.units),
@@ -233,6 +236,11 @@ def _told(found: Epsilon) -> str:
     return f"{found.bound:.4g}"
 
 
+def _delta(population: Population, delta: float, otherwise: str) -> str:
+    whence = "its budget's" if population.limited else otherwise
+    return f"delta {delta:g} ({whence})"
+
+
 def _both(found: Epsilon) -> tuple[str, str]:
     return "" if found.prv is None else f"{found.prv:.4g}", f"{found.rdp:.4g}"
 
@@ -246,10 +254,11 @@ def _print_account(account: Account, console: Console) -> None:
 
     population = account.population
     budget = f"of {population.epsilon:g}, {account.left:.4g} left" if population.limited else "without limit"
+    delta = _delta(population, population.delta, "no budget says another")
     cli.say(
         console,
         f"population   {population.name}: {', '.join(population.data_sets)}",
-        f"spent        epsilon {_told(account.epsilon)} {budget}, at delta {population.delta:g}, in {account.updates}"
+        f"spent        epsilon {_told(account.epsilon)} {budget}, at {delta}, in {account.updates}"
         f" updates{', ' + by_unit(account.units) if account.units else ''}",
         *([f"counts too   what was spent as {', '.join(account.others)}"] if account.others else []),
     )
@@ -278,10 +287,11 @@ def _forecast_lines(one: Forecast, mode: str, rounds: int) -> list[str]:
     if one.event is None or one.whole is None:
         return [*lines, "no noise     costs no budget, and protects nobody"]
     event, unit = one.event, by_unit(one.units)
+    delta = _delta(population, one.delta, "the configuration's")
     after = f"with {rounds} rounds of this {_told(one.whole)}"
     lines += [
         f"a round      {event.steps} steps at sampling rate {event.q:g} with noise multiplier {event.sigma:.4g}",
-        f"spent        epsilon {_told(one.spent)} at delta {population.delta:g}, {after}, {unit}",
+        f"spent        epsilon {_told(one.spent)} at {delta}, {after}, {unit}",
     ]
     if one.rounds_left is None or one.tightest is None:
         return [*lines, "left         without limit"]

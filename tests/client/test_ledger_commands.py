@@ -106,6 +106,14 @@ def test_show_tells_what_is_spent_and_left(home: ClientHome) -> None:
     assert len(told("show", "--points", 1, "--home", home.root)["populations"][0]["over_rounds"]) == 1
 
 
+def test_show_says_where_each_delta_is_from(home: ClientHome) -> None:
+    found = told("show", "--home", home.root)["populations"]
+    assert [(one["delta"], one["delta_from"]) for one in found] == [(1e-5, "budget"), (1e-5, "default")]
+    shown = words(call("show", "--home", home.root))
+    for whence in ("its budget's", "no budget says another"):
+        assert f"at delta 1e-05 ({whence})" in shown
+
+
 def test_show_names_the_populations_whose_spends_count_too(home: ClientHome) -> None:
     assert [one["also_counted"] for one in told("show", "--home", home.root)["populations"]] == [[], []]
     home.policy.write_text(POLICY.replace("clinic", "ward").replace("[notes, letters]", "[letters]"))
@@ -226,6 +234,22 @@ def test_forecast_tells_how_many_rounds_still_fit(home: ClientHome) -> None:
     assert "10 steps at sampling rate 0.1 with noise multiplier 2" in words(shown)
     long = told("forecast", *CONFIG, f"federation.rounds={left + 1}", "--home", home.root)
     assert not long["populations"][0]["fits"]
+
+
+def test_forecast_without_a_budget_is_at_the_configurations_delta(home: ClientHome) -> None:
+    command = ("forecast", *CONFIG, "privacy.delta=1e-7", "--home", home.root)
+    clinic, scans = told(*command)["populations"]
+    assert [(one["delta"], one["delta_from"]) for one in (clinic, scans)] == [
+        (1e-5, "budget"),
+        (1e-7, "configuration"),
+    ]
+    past = Event("gaussian", 8.0, 1.0, 2)
+    run = Event("gaussian", 2.0, 0.1, 120)
+    assert scans["spent"]["epsilon"] == epsilon([past], 1e-7).bound
+    assert scans["after_run"]["epsilon"] == epsilon([past, run], 1e-7).bound
+    shown = words(call(*command))
+    assert "at delta 1e-05 (its budget's), with 12 rounds" in shown
+    assert "at delta 1e-07 (the configuration's), with 12 rounds" in shown
 
 
 def test_forecast_says_what_is_refused(home: ClientHome) -> None:
