@@ -26,7 +26,7 @@ from client.status import STARTING, Status
 from common.base_model import model_directory
 from common.enrolment import timestamp
 from common.errors import ConfigError, SilotuneError, StorageError
-from common.private_files import check_private_directory, private_directory
+from common.private_files import check_private_directory, private_directory, writing
 from common.processes import STARTED, Child, ChildEvent, ended, supervise
 
 FINAL = frozenset({2, 3, 4, 5})
@@ -77,7 +77,10 @@ def check(home: ClientHome, passphrase: bytes | None) -> Checked:
 
 @contextmanager
 def alone(home: ClientHome) -> Iterator[None]:
-    """Is the one daemon of this home. Raises ConfigError when another is, and when others can enter the home."""
+    """Is the one daemon of this home.
+
+    Raises ConfigError when another is, and when others can enter the home; StorageError when nothing can be written.
+    """
     check_private_directory(home.root)
     private_directory(home.control)
     with _lock(home, os.O_RDWR | os.O_CREAT) as lock:
@@ -97,13 +100,15 @@ def is_running(home: ClientHome) -> bool:
     try:
         with _lock(home, os.O_RDONLY) as lock:
             return not _try(lock, fcntl.LOCK_SH)
-    except OSError:
+    except StorageError:
         return False
 
 
 @contextmanager
 def _lock(home: ClientHome, flags: int) -> Iterator[int]:
-    handle = os.open(home.control / "daemon.lock", flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    path = home.control / "daemon.lock"
+    with writing(path):
+        handle = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield handle
     finally:

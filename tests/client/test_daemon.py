@@ -343,6 +343,16 @@ def test_whoever_looks_is_not_in_the_way_of_a_daemon(home: ClientHome) -> None:
     assert stat.S_IMODE((home.control / "daemon.lock").stat().st_mode) == 0o600
 
 
+def test_a_home_that_cannot_be_written_to_is_told_without_a_stack_trace(home: ClientHome) -> None:
+    alone_in_the_world(home)
+    (home.control / "daemon.lock").mkdir(parents=True)  # root may write where it is forbidden, but not into a directory
+    home.control.chmod(0o700)
+    assert not daemon.is_running(home)
+    result = CliRunner().invoke(client.main.app, ["up", "--home", str(home.root)])
+    assert result.exit_code == 5, result.output
+    assert f"cannot write {home.control / 'daemon.lock'}: Is a directory" in " ".join(result.stderr.split())
+
+
 # --- With a coordinator -----------------------------------------------------------------------------------------------
 
 
