@@ -127,7 +127,7 @@ class _Reader:
             else:
                 default = field.default
                 made[field.name] = field.default_factory() if callable(field.default_factory) else default
-                self._rule(made[field.name], inner, inside)
+                self._left_out(made[field.name], inner, inside)
         return kind(**made)
 
     def _value(self, raw: Any, hint: Any, key: str, pattern: str) -> Any:
@@ -164,6 +164,12 @@ class _Reader:
         rule = self._rules.get(pattern)
         allowed = kind if rule is None or rule.allowed.startswith(kind) else f"{kind}: {rule.allowed}"
         self.mistakes.append(f"{key}: found {short(raw)}; allowed: {allowed}")
+
+    def _left_out(self, default: Any, key: str, pattern: str) -> None:
+        """A default that its own rule forbids stands for none: the file must say the value."""
+        rule = self._rules.get(pattern)
+        if rule is not None and not isinstance(default, Mapping) and not rule.holds(default):
+            self.mistakes.append(f"{key}: missing; allowed: {rule.allowed}")
 
     def _rule(self, value: Any, key: str, pattern: str) -> None:
         rule = self._rules.get(pattern)

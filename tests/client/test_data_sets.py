@@ -401,7 +401,6 @@ def test_the_machine_is_what_training_needs_to_know(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "key"),
     [
-        ("{}", "path"),
         ("{path: ''}", "path"),
         ("{path: 3}", "path"),
         ("{path: ' a.csv'}", "path"),
@@ -423,6 +422,11 @@ def test_a_wrong_entry_is_told_with_its_key(entry: str, key: str, tmp_path: Path
     (line,) = mistakes(f"data_sets: {{notes: {entry}}}", tmp_path)
     assert line.startswith(f"data_sets.notes.{key}: found ")
     assert "; allowed: " in line
+
+
+def test_a_data_set_without_a_path_is_told(tmp_path: Path) -> None:
+    (line,) = mistakes("data_sets: {notes: {}}", tmp_path)
+    assert line == "data_sets.notes.path: missing; allowed: the path of a jsonl, csv or parquet file"
 
 
 @pytest.mark.parametrize("name", ["Notes", "'../notes'", "'a b'", "-a", "7", "a.b", "a" * 65, "''"])

@@ -277,7 +277,6 @@ def test_the_example_of_the_template_is_one() -> None:
     ("said", "key", "allowed"),
     [
         ("clinic: {data_sets: [], modes: [patient], epsilon: 8, delta: 1e-4}", "clinic.data_sets", "at least one"),
-        ("clinic: {modes: [patient], epsilon: 8, delta: 1e-4}", "clinic.data_sets", "at least one"),
         ("clinic: {data_sets: [notes, notes], modes: [record], epsilon: 8, delta: 1e-4}", "clinic.data_sets", "once"),
         (
             "clinic: {data_sets: [others], modes: [record], epsilon: 8, delta: 1e-4}",
@@ -285,14 +284,12 @@ def test_the_example_of_the_template_is_one() -> None:
             "data_sets lists",
         ),
         ("clinic: {data_sets: [notes], modes: [], epsilon: 8, delta: 1e-4}", "clinic.modes", "at least one"),
-        ("clinic: {data_sets: [notes], epsilon: 8, delta: 1e-4}", "clinic.modes", "at least one"),
         ("clinic: {data_sets: [notes], modes: [none], epsilon: 8, delta: 1e-4}", "clinic.modes", "record, patient"),
-        ("clinic: {data_sets: [notes], modes: [record], delta: 1e-4}", "clinic.epsilon", "above 0"),
         ("clinic: {data_sets: [notes], modes: [record], epsilon: 0, delta: 1e-4}", "clinic.epsilon", "above 0"),
         ("clinic: {data_sets: [notes], modes: [record], epsilon: .inf, delta: 1e-4}", "clinic.epsilon", "finite"),
         ("clinic: {data_sets: [notes], modes: [record], epsilon: .nan, delta: 1e-4}", "clinic.epsilon", "finite"),
         ("clinic: {data_sets: [notes], modes: [record], epsilon: '8', delta: 1e-4}", "clinic.epsilon", "a number"),
-        ("clinic: {data_sets: [notes], modes: [record], epsilon: 8}", "clinic.delta", "above 0"),
+        ("clinic: {data_sets: [notes], modes: [record], epsilon: 8, delta: 0}", "clinic.delta", "above 0"),
         ("clinic: {data_sets: [notes], modes: [record], epsilon: 8, delta: 1}", "clinic.delta", "below"),
         ("Clinic: {data_sets: [notes], modes: [record], epsilon: 8, delta: 1e-4}", "Clinic", "a name of a-z"),
         ("scans: {data_sets: [notes], modes: [record], epsilon: 8, delta: 1e-4}", "scans", "another name"),
@@ -301,6 +298,22 @@ def test_the_example_of_the_template_is_one() -> None:
 def test_a_population_that_cannot_be_meant_is_told(said: str, key: str, allowed: str) -> None:
     (line,) = mistakes(populations(said))
     assert re.match(rf"populations\.{re.escape(key)}: found .+; allowed: .*{allowed}", line)
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("data_sets", "at least one"),
+        ("modes", "at least one"),
+        ("epsilon", "a finite number above 0"),
+        ("delta", "above 0"),
+    ],
+)
+def test_what_a_population_does_not_say_is_missing_and_not_a_number_that_nobody_wrote(key: str, allowed: str) -> None:
+    said = re.sub(rf"{key}: (\[.*?\]|[^,}}]+)(, )?", "", CLINIC)
+    (line,) = mistakes(populations(f"clinic: {said}"))
+    assert re.match(rf"populations\.clinic\.{key}: missing; allowed: .*{allowed}", line)
+    assert "found" not in line
 
 
 def test_a_data_set_stands_in_one_population() -> None:
