@@ -27,6 +27,10 @@ class StorageError(SilotuneError):
     """The disk refused: full, read-only, or not a run directory. What was written before is kept."""
 
 
+class Unwritable(StorageError):
+    """A file or a directory could not be written. Once there is room for it, the same may be tried again."""
+
+
 class RunStopped(SilotuneError):
     """A run that ended before its last round; says why, what is kept, and how to go on."""
 

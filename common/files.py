@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import StorageError
+from common.errors import Unwritable
+
+_REMEDY = "Free space or choose a writable directory, and try again; what was complete before is kept"
+
+_IN_THE_WAY: Mapping[int | None, str] = {
+    errno.ENOTDIR: "A file stands where a directory is needed: choose another place, or move that file away",
+    errno.EEXIST: "A file stands where a directory is needed: choose another place, or move that file away",
+    errno.EISDIR: "A directory stands where a file is needed: choose another name",
+}
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turns what the operating system says of `path` into a StorageError with a remedy."""
+    """Turns what the operating system says of `path` into Unwritable, a StorageError, with a remedy."""
     from safetensors import SafetensorError  # how safetensors tells of a full disk
 
     try:
         yield
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"cannot write {path}: {said}. Free space or choose a writable directory, then resume; "
-            "everything up to the last complete round is kept."
-        ) from error
+        remedy = _IN_THE_WAY.get(getattr(error, "errno", None), _REMEDY)
+        raise Unwritable(f"cannot write {path}: {said}. {remedy}.") from error
 
 
 def _sync_directory(path: Path) -> None:

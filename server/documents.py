@@ -31,7 +31,7 @@ def text_of(file: Path, remedy: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"{file}: {error}; {remedy}") from error
+        raise StorageError(f"{file}: {getattr(error, 'strerror', None) or error}; {remedy}") from error
 
 
 def object_in(text: str, where: str) -> dict[str, Any]:

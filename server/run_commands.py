@@ -193,6 +193,8 @@ def report(
 
     known = runs.Run(ServerHome.at(home).runs / which) if runs.is_name(which) else None
     directory = known.root if known is not None and known.config.is_file() else Path(which)
+    if not directory.is_dir():
+        runs.find(ServerHome.at(home).runs, which, or_else=" or the directory of a finished simulation")
     page = out or directory / "report.html"
     summary = write(directory, page)
     with cli.progress_console(as_json) as console:
@@ -253,7 +255,7 @@ def _drive(
 ) -> dict[str, Any]:
     """Begins a run, or goes on with it, here or in the background; what `--json` prints of it."""
     from common import config_files
-    from common.errors import RunStopped
+    from common.errors import RunStopped, Unwritable
     from server import detached, driver, live, report, terms
 
     config = config_files.load(str(run.config))
@@ -272,11 +274,12 @@ def _drive(
         audience = driver.Audience(tell=screen.line, show=screen.show)
         try:
             found = driver.conduct(home, run, signer, interruption.stop, audience)
-        except (RunStopped, KeyboardInterrupt):
+        except (RunStopped, Unwritable, KeyboardInterrupt) as error:
+            remedy = f"complete rounds are kept, go on with: silotune-server resume {run.name}"
+            if isinstance(error, Unwritable):
+                raise Unwritable(f"{error}\n{remedy}") from error
             if interruption.asked.is_set():
-                raise cli.Interrupted(
-                    f"stopped; complete rounds are kept, go on with: silotune-server resume {run.name}"
-                ) from None
+                raise cli.Interrupted(f"stopped; {remedy}") from None
             raise
     console.print(report.tables(found))
     cli.say(console, f"adapter: {run.adapter}", f"report: {run.report}")

@@ -194,14 +194,17 @@ def all_runs(runs: Path) -> list[Run]:
     return sorted(found, key=lambda run: (started(run), run.name))
 
 
-def find(runs: Path, name: str) -> Run:
-    """The run of that name. Raises ConfigError, which lists those there are, when there is none."""
+def find(runs: Path, name: str, or_else: str = "") -> Run:
+    """The run of that name. Raises ConfigError, which lists those there are, when there is none.
+
+    or_else: what else was allowed, for that error.
+    """
     run = Run(runs / name) if is_name(name) else None
     if run is None or not run.config.is_file():
         known = [run.name for run in all_runs(runs)]
         listed = ", ".join(known[-_SHOWN:]) if known else "there is none yet"
         more = f" and {len(known) - _SHOWN} older ones, see: silotune-server list" if len(known) > _SHOWN else ""
-        raise ConfigError(f"expected the name of a run ({listed}{more}), found {ascii(name)[:80]}")
+        raise ConfigError(f"expected the name of a run ({listed}{more}){or_else}, found {ascii(name)[:80]}")
     return run
 
 

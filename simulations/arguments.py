@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common import cli
+from common.errors import Unwritable
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -38,11 +39,13 @@ def new_directory(name: str) -> Path:
 
 @contextlib.contextmanager
 def resumable(directory: Path, *arguments: str) -> Iterator[None]:
-    """Turns Ctrl-C into a message that says how to go on with what stands in `directory`."""
+    """Says after Ctrl-C, and where something could not be written, how to go on with what stands in `directory`."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Unwritable) as error:
         if not any((directory / begun).exists() for begun in ("config.yaml", "trials", "attacks")):
             raise
-        remedy = shlex.join(["silotune-sim", *arguments])
-        raise cli.Interrupted(f"interrupted; complete rounds are kept, go on with: {remedy}") from None
+        remedy = f"complete rounds are kept, go on with: {shlex.join(['silotune-sim', *arguments])}"
+        if isinstance(error, Unwritable):
+            raise Unwritable(f"{error}\n{remedy}") from error
+        raise cli.Interrupted(f"interrupted; {remedy}") from None

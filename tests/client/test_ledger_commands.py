@@ -282,6 +282,13 @@ def test_a_ledger_and_its_export_are_verified(home: ClientHome, tmp_path: Path) 
     assert call("export", file, "--home", home.root).exit_code == 5
 
 
+def test_an_export_that_cannot_be_written_speaks_of_no_run(home: ClientHome) -> None:
+    shown = call("export", "/dev/full/ledger", "--home", home.root)
+    assert shown.exit_code == 5
+    assert "A file stands where a directory is needed: choose another place" in words(shown)
+    assert "resume" not in words(shown)
+
+
 def test_the_first_altered_entry_is_named_and_the_exit_code_is_5(home: ClientHome) -> None:
     file = home.ledger / FILE
     file.write_bytes(file.read_bytes().replace(b'"round":2', b'"round":3'))

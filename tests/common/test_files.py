@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import stat
 import subprocess
@@ -139,6 +140,23 @@ def test_what_the_system_says_is_told_with_the_path_and_a_remedy(tmp_path: Path)
         ):
             write(tmp_path / "target", half(OSError(28, "No space left on device")))
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("file/target", "File exists. A file stands where a directory is needed: choose another place"),
+        ("file/deep/target", "Not a directory. A file stands where a directory is needed: choose another place"),
+        ("file", "Is a directory. A directory stands where a file is needed: choose another name"),
+        ("/dev/full", "No space left on device. Free space or choose a writable directory, and try again"),
+    ],
+)
+def test_the_remedy_is_of_what_the_system_says_and_of_no_run(tmp_path: Path, place: str, remedy: str) -> None:
+    (tmp_path / "file").mkdir() if place == "file" else (tmp_path / "file").write_text(OLD)
+    with pytest.raises(StorageError) as caught:
+        append_line(tmp_path / place, NEW)
+    assert f"{place}: {remedy}" in str(caught.value)
+    assert not {"round", "resume"} & set(re.findall(r"\w+", str(caught.value).partition(": ")[2]))
 
 
 @pytest.mark.parametrize("place", ["file/target", "target"])

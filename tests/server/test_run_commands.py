@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import server.main
 from common import config_files
 from common.config import Config, DataConfig, FileConfig, named
+from common.errors import StorageError
 from server import enrolment, runs
 from server.enrolment import Settings
 from server.home import ServerHome
+from server.run_commands import _drive
 from server.runs import COMPLETE, FAILED, STOPPED, Run, Status
 from tests.server.test_prune import NAMES, card
 from tests.server.test_report import ROUNDS, deployed
@@ -97,6 +100,13 @@ def test_without_services_nothing_is_begun(
     assert "start them: silotune-server up" in refused(command("resume", run.name, *options))
     assert "start them: silotune-server up" in refused(command("run", "deployment", *options))
     assert runs.all_runs(home.runs) == [run]
+
+
+def test_a_run_that_cannot_be_written_says_how_to_go_on(home: ServerHome) -> None:
+    run = made(home, STOPPED)
+    run.lock.mkdir()
+    with pytest.raises(StorageError, match=rf"go on with: silotune-server resume {run.name}"):
+        _drive(home, run, enrolment.identity(home, None), None, False, Console())
 
 
 def test_a_configuration_with_mistakes_is_refused_before_anything(command: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ import simulations.main
 from common import cli
 from common.config import Config
 from common.errors import ConfigError, DataError, ModelError, Refusal, RunStopped, SilotuneError, StorageError
+from common.files import append_line
+from simulations.arguments import resumable
 
 COMMANDS = [
     ("simulations", []),
@@ -220,6 +223,16 @@ def test_data_writes_what_the_client_reads(tmp_path: Path) -> None:
     assert read["people_in_several_files"] == 0
 
 
+def test_data_beside_a_file_of_that_name_says_what_is_in_the_way(tmp_path: Path) -> None:
+    file = tmp_path / "alder.jsonl"
+    file.write_text("{}\n")
+    result = sim("data", "smoke", "--out", str(file))
+    assert result.exit_code == 5
+    assert "A file stands where a directory is needed: choose another place" in result.stderr
+    assert not {"resume", "round"} & set(re.findall(r"\w+", result.stderr.partition("Not a directory")[2]))
+    assert file.read_text() == "{}\n"
+
+
 def test_data_prints_a_table_of_counts(tmp_path: Path) -> None:
     result = sim("data", "smoke", "--out", str(tmp_path))
     assert "northgate" in result.stdout
@@ -274,6 +287,16 @@ def test_report_writes_the_page_and_prints_the_tables(finished: Path) -> None:
     assert "riverside" in (finished / "report.html").read_text()
 
 
+def test_report_of_what_is_no_run_and_no_directory_lists_the_runs(tmp_path: Path) -> None:
+    for name in ("nosuch", str(tmp_path / "nowhere")):
+        result = report(name, "--home", tmp_path / "home")
+        assert result.exit_code == 2
+        assert (
+            "expected the name of a run (there is none yet) or the directory of a finished simulation" in result.stderr
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_report_goes_where_it_is_told(finished: Path) -> None:
     page = finished / "other.html"
     result = report(finished, "--out", page, "--json")
@@ -299,6 +322,7 @@ def test_report_names_what_it_cannot_read(file: str, content: str | None, said: 
     result = report(finished)
     assert result.exit_code == 5
     assert said in result.stderr
+    assert "[Errno" not in result.stderr
     assert not (finished / "report.html").exists()
 
 
@@ -377,6 +401,16 @@ def test_ctrl_c_says_how_to_go_on(engine: Callable[..., list[Any]], tmp_path: Pa
     result = sim("run", "hospitals", "--out", str(out))
     assert result.exit_code == 130
     assert f"silotune-sim run --resume '{out}'" in result.stderr
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_cannot_be_written_says_how_to_go_on_where_it_has_begun(begun: bool, tmp_path: Path) -> None:
+    if begun:
+        (tmp_path / "config.yaml").touch()
+    with pytest.raises(StorageError) as caught, resumable(tmp_path, "run", "--resume", str(tmp_path)):
+        append_line(Path("/dev/full"), "line")
+    assert "Free space" in str(caught.value)
+    assert (f"go on with: silotune-sim run --resume {tmp_path}" in str(caught.value)) == begun
 
 
 def test_a_run_that_stops_says_why(engine: Callable[..., list[Any]], tmp_path: Path) -> None:
