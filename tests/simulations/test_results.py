@@ -82,6 +82,21 @@ def test_what_privacy_costs_is_quoted_as_it_was_measured() -> None:
     assert f"({len(whole)} points, about 18 hours on two cores) {there} are there, and {len(results) - there}" in readme
 
 
+def test_noise_in_shares_is_held_against_the_better_of_noise_at_home() -> None:
+    readme = " ".join((RESULTS / "README.md").read_text().split())
+    for epsilon, told in (
+        (8.0, "at epsilon 8, where `record` by its better method (`fedavg`) has"),
+        (1.0, "where that has"),
+    ):
+        points = [r for r in privacy_grid.kept(RESULTS) if (r.point.patients, r.point.epsilon) == (80, epsilon)]
+        federated = [r for r in points if r.point.arm == privacy_grid.FEDERATED]
+        shared, record = (
+            min(r.perplexity for r in federated if r.point.mode == mode) for mode in ("distributed", "record")
+        )
+        assert f"{shared:.2f} at epsilon {epsilon:g}" in readme
+        assert f"{told} {record:.2f}" in readme
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
