@@ -18,6 +18,8 @@ from common.formats import NOBODY
 from common.secagg.terms import smallest_cohort
 
 GENERATORS = ("hospitals", "banks")
+MODES = ("record", "patient", "institution", "distributed")
+"""Of differential privacy."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ RULES: dict[str, Rule] = {
     "secure_aggregation.colluders": _whole(1),
     "secure_aggregation.repeats": _whole(0),
     "secure_aggregation.timeout_s": _POSITIVE,
-    "privacy.mode": _one_of("none", "record", "patient", "institution", "distributed"),
+    "privacy.mode": _one_of("none", *MODES),
     "privacy.epsilon": _NOT_NEGATIVE,
     "privacy.delta": Rule("a number above 0, below 0.1", lambda value: 0 < value < 0.1),
     "privacy.noise_multiplier": _NOT_NEGATIVE,
@@ -247,6 +249,18 @@ def _without_persons(institutions: Sequence[InstitutionConfig]) -> list[str]:
     return [institution.name for institution in institutions if institution.path and institution.person == NOBODY]
 
 
+def _asks_for_a_mode(key: str) -> Agreement:
+    """Whoever asks for noise and names no mode would train without any, and believe otherwise."""
+    return Agreement(
+        (key, "privacy.mode"),
+        lambda value, mode: value == 0 or mode != "none",
+        lambda value, mode: (
+            f"{key}: found {value:g}, with privacy.mode = none, which adds no noise; allowed: a privacy.mode of"
+            f" {_either(MODES)}; or 0, or left out"
+        ),
+    )
+
+
 AGREEMENTS: tuple[Agreement, ...] = (
     Agreement(
         ("data.generator", "data.directory", "data.institutions", "data.coordinator.path"),
@@ -299,12 +313,16 @@ AGREEMENTS: tuple[Agreement, ...] = (
             f" institutions {', '.join(institution.name for institution in institutions)}"
         ),
     ),
+    *(_asks_for_a_mode(key) for key in ("privacy.epsilon", "privacy.noise_multiplier")),
     Agreement(
         ("privacy.mode", "privacy.epsilon", "privacy.noise_multiplier"),
         lambda mode, epsilon, noise: mode == "none" or (epsilon > 0) != (noise > 0),
         lambda mode, epsilon, noise: (
             f"privacy.epsilon: found {epsilon:g}, with privacy.noise_multiplier = {noise:g} and privacy.mode = {mode};"
             " allowed: exactly one of the two above 0"
+            if epsilon > 0
+            else f"privacy.epsilon: found neither it nor privacy.noise_multiplier, with privacy.mode = {mode}; allowed:"
+            " exactly one of the two, above 0"
         ),
     ),
     Agreement(

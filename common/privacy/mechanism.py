@@ -21,9 +21,6 @@ UNITS: Mapping[str, str] = {
 """The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
 
 
-_ALONE: Mapping[str, str] = {"distributed": "record", "institution": "none"}
-
-
 def alone(privacy: PrivacyConfig, passes: float) -> tuple[PrivacyConfig, float]:
     """What protects the same unit where one institution trains alone, and its passes over its records in a round.
 
@@ -31,8 +28,13 @@ def alone(privacy: PrivacyConfig, passes: float) -> tuple[PrivacyConfig, float]:
     bounds with one step a round over the same lots. With the institution as the unit nothing is left to protect where
     none sends anything: there is no noise.
     """
-    passes = privacy.sampling_rate if privacy.mode == "distributed" else passes
-    return replace(privacy, mode=_ALONE.get(privacy.mode, privacy.mode)), passes
+    match privacy.mode:
+        case "distributed":
+            return replace(privacy, mode="record"), privacy.sampling_rate
+        case "institution":
+            return PrivacyConfig(), passes
+        case _:
+            return privacy, passes
 
 
 def steps_per_round(passes_per_round: float, sampling_rate: float) -> int:

@@ -692,7 +692,12 @@ def test_under_differential_privacy_dropout_and_weighting_that_are_left_out_fit_
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["privacy.mode=record"], "privacy.epsilon: found 0, with privacy.noise_multiplier = 0"),
+        (
+            ["privacy.mode=record"],
+            "privacy.epsilon: found neither it nor privacy.noise_multiplier, with privacy.mode =",
+        ),
+        (["privacy.epsilon=8"], "privacy.epsilon: found 8, with privacy.mode = none, which adds no noise; allowed: a"),
+        ([NOISY], "privacy.noise_multiplier: found 1, with privacy.mode = none, which adds no noise; allowed: a"),
         (["privacy.mode=record", NOISY, "privacy.epsilon=3.0"], "allowed: exactly one of the two above 0"),
         (["privacy.mode=patient", NOISY, "lora.dropout=0.1"], "lora.dropout: found 0.1; allowed: 0 with"),
         (

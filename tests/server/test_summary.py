@@ -94,7 +94,7 @@ def test_the_privacy_of_a_run_is_told_with_its_unit_and_what_its_rounds_cost(
         assert again["implied"][-1][1] == again["epsilon"] > told["epsilon"]
     else:
         assert again == told
-    plain = config_files.load("hospitals", [*overrides[1:], "privacy.mode=none"])
+    plain = config_files.load("hospitals", overrides[2:])
     bits = summary.privacy(plain, {}, 100, rounds(4))["terms"]["ring_bits"]
     assert (told["terms"]["ring_bits"] > bits) == (mode in ("institution", "distributed"))
 
