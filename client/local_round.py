@@ -27,10 +27,10 @@ from client.private_training import NoisedStep, clipped_sum, noised_step, train_
 from client.secure import Update
 from client.state import LocalState, StateStore
 from client.training import Assignment, Trained, train
-from client.units import PATIENT, RECORD, Unit, require_units_apart, units_under
+from client.units import PATIENT, RECORD, Unit, left_out, require_units_apart, units_under
 from common import fixed_point
 from common.adapter import Adapter
-from common.config import ModelConfig, TrainConfig
+from common.config import ModelConfig, PrivacyConfig, TrainConfig
 from common.errors import Refusal
 from common.evaluation import Scores, evaluate
 from common.examples import Tokenised, examples_of
@@ -54,6 +54,13 @@ def _tokenised(records: RecordSet, model_path: str, train: TrainConfig, log: str
     for note in found.counts.notes():
         logging.getLogger(log).warning("%s: %s", records.where, note)
     return found
+
+
+@lru_cache(maxsize=64)
+def _tell_what_is_left_out(records: RecordSet, privacy: PrivacyConfig, log: str) -> None:
+    """Once for each file and setting; into the institution's own log alone."""
+    if (found := left_out(privacy, records.records)) is not None:
+        logging.getLogger(log).warning("%s: %s", records.where, found.told())
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,9 @@ class LocalRound:
 
     def _units(self) -> tuple[Unit, ...]:
         settings = self.plan.settings
-        return units_under(settings.privacy, self.data.find(settings.data_set, "train").records, self._load("train"))
+        records = self.data.find(settings.data_set, "train")
+        _tell_what_is_left_out(records, settings.privacy, self.log.name)
+        return units_under(settings.privacy, records.records, self._load("train"))
 
     def _load(self, part: str) -> Tokenised:
         settings = self.plan.settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,6 +73,33 @@ def units_under(privacy: PrivacyConfig, records: Sequence[Record], tokenised: To
     """
     unit = PATIENT if privacy.mode == PATIENT else RECORD
     return units_of(records, tokenised, unit, privacy.records_per_person, _EVERY_RUN)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Records that are not trained on, since their persons have more than are used of one. most: that are used."""
+
+    records: int
+    of: int
+    persons: int
+    most: int
+
+    def told(self) -> str:
+        """In one line, for whoever has the records."""
+        whose = "1 person has" if self.persons == 1 else f"{self.persons} persons have"
+        return (
+            f"{self.records} of {self.of} training records are left out, since {whose} more than"
+            f" privacy.records_per_person = {self.most}; a larger one takes no more noise"
+        )
+
+
+def left_out(privacy: PrivacyConfig, records: Sequence[Record]) -> LeftOut | None:
+    """What `units_under` leaves out of a set; None where it leaves out nothing."""
+    if privacy.mode != PATIENT:
+        return None
+    most = privacy.records_per_person
+    more = [count - most for count in Counter(record.person for record in records).values() if count > most]
+    return LeftOut(sum(more), len(records), len(more), most) if more else None
 
 
 def require_units_apart(model: LoraModel) -> None:

@@ -563,6 +563,20 @@ def test_the_unit_and_its_cap_are_those_of_the_settings(
         assert [len(unit.examples) for unit in part._units()] == [1] * persons.total()
 
 
+def test_records_that_are_left_out_are_told_once_and_to_the_institutions_own_log(
+    simulated: Callable[..., tuple[Institution, Config]], start: Adapter, caplog: pytest.LogCaptureFixture
+) -> None:
+    member, config = simulated("patient", records_per_person=2)
+    member = replace(member, data=OfThreePersons(member.data))
+    count = len(member.data.find(config.data.name, "train").records)
+    part = part_of(member, simulated_plan(config, start, "told"))
+    for _ in range(2):
+        part._units()
+    (line,) = (record for record in caplog.records if "left out" in record.getMessage())
+    assert line.name == member.log.name
+    assert f"{count - 6} of {count} training records are left out, since 3 persons have more" in line.getMessage()
+
+
 @pytest.mark.parametrize("mode", ["institution", "distributed"])
 def test_a_sum_has_room_for_the_noise_of_all(mode: str, deployed: Callable[..., Guarded], start: Adapter) -> None:
     plan = deployed(mode).plan(start)

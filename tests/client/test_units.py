@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.units import Unit, units_of
-from common.config import TrainConfig
+from client.units import Unit, left_out, units_of, units_under
+from common.config import PrivacyConfig, TrainConfig
 from common.errors import ConfigError
 from common.examples import Tokenised, examples_of
 from common.models import LoraModel
@@ -124,3 +124,15 @@ def test_examples_of_other_records_are_refused(lora_model: LoraModel) -> None:
 
 def test_a_unit_without_examples_is_nothing() -> None:
     assert (Unit(()).tokens, Unit(()).supervised) == (0, 0)
+
+
+def test_what_is_left_out_is_counted(lora_model: LoraModel) -> None:
+    records = several({"ann": 9, "bob": 3, "cem": 5})
+    found = tokens(records, lora_model, TrainConfig(max_tokens=100))
+    for most, told in ((4, "6 of 17 training records are left out, since 2 persons have more than"), (9, None)):
+        privacy = PrivacyConfig("patient", noise_multiplier=1.0, records_per_person=most)
+        out = left_out(privacy, records)
+        used = sum(len(unit.examples) for unit in units_under(privacy, records, found))
+        assert used == len(records) - (0 if out is None else out.records)
+        assert (None if out is None else out.told()[: len(told or "")]) == told
+    assert left_out(PrivacyConfig("record", noise_multiplier=1.0, records_per_person=1), records) is None
