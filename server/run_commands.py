@@ -44,12 +44,14 @@ def run(
     Ctrl-C ends it between two messages; complete rounds are kept, and `resume` goes on with it.
     """
     from common import config_files
+    from common.privacy.promise import promise_of
     from common.private_files import read_passphrase
     from server import driver, enrolment, records
     from server.home import ServerHome
 
     where = ServerHome.at(home)
     loaded = config_files.load(config, overrides or ())
+    promise_of(loaded)  # what no noise reaches is refused before there is a run
     secret = read_passphrase(passphrase_fd, passphrase_credential)
     signer = enrolment.identity(where, secret)
     with cli.progress_console(as_json) as console:

@@ -11,7 +11,7 @@ from common.base_model import fingerprint
 from common.config import Config
 from common.fixed_point import Layout
 from common.methods import method_named
-from common.privacy.accounting import Epsilon, epsilon, over_rounds
+from common.privacy.accounting import Epsilon, epsilon, over_rounds, rounded_up
 from common.privacy.mechanism import UNITS, round_event, shared_noise
 from server.coordinator import Bench, Outcome
 from server.rounds import Progress, RoundRecord, stopped_early
@@ -92,9 +92,9 @@ def privacy(config: Config, absent: Collection[str], parameters: int, history: S
         last = spent[-1][1] if spent else epsilon([], said.delta)
         found |= {
             "unit": UNITS[said.mode],
-            "epsilon": round(last.bound, 4),
+            "epsilon": rounded_up(last),
             "delta": said.delta,
-            "epsilon_rdp": round(last.rdp, 4),
+            "epsilon_rdp": rounded_up(Epsilon(None, last.rdp)),
             "noise_multiplier": event.sigma,
             "clip": said.clip,
             "sampling_rate": event.q,
@@ -112,7 +112,7 @@ def privacy(config: Config, absent: Collection[str], parameters: int, history: S
 
 def as_pairs(spent: Sequence[tuple[int, Epsilon]]) -> list[list[float]]:
     """Rounds with what was spent after each, as summary.json has them."""
-    return [[number, round(found.bound, 4)] for number, found in spent]
+    return [[number, rounded_up(found)] for number, found in spent]
 
 
 def absences(history: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:

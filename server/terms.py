@@ -1,4 +1,4 @@
-"""The numbers of secure aggregation in a whole run, for whoever launches it and for its summary."""
+"""What protects a whole run, for whoever launches it; the numbers of secure aggregation for its summary, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Collection
 from rich.text import Text
 
 from common.config import Config
+from common.privacy import promise
 from common.privacy.delta import about_institutions
+from common.privacy.promise import promise_of
 from common.secagg.terms import OFF, Terms
 from server.rounds import groups_of
 
@@ -30,7 +32,22 @@ def launch_line(config: Config) -> Text:
     return Text(OFF, "red") if terms is None else Text(terms.told())
 
 
+def privacy_lines(config: Config) -> tuple[Text, ...]:
+    """What this run promises of differential privacy, red where there is none, and what to mind of it.
+
+    Raises ConfigError where no noise reaches `privacy.epsilon`.
+    """
+    found = promise_of(config)
+    if found is None:
+        return (Text(promise.OFF, "red"),)
+    warning = found.warning()
+    return (Text(found.told()), *([] if warning is None else [Text(warning, "yellow")]))
+
+
 def launch_lines(config: Config) -> tuple[Text, ...]:
-    """What a coordinator should know before it launches this run; of privacy, what can be known without any record."""
+    """What a coordinator should know before it launches this run; of privacy, what can be known without any record.
+
+    Raises ConfigError where no noise reaches `privacy.epsilon`.
+    """
     about_delta = about_institutions(config.privacy, len(config.data.names))
-    return (launch_line(config), *([Text(about_delta, "yellow")] if about_delta else []))
+    return (launch_line(config), *privacy_lines(config), *([Text(about_delta, "yellow")] if about_delta else []))

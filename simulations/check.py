@@ -20,16 +20,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from client.units import require_units_apart
+from client.units import left_out, require_units_apart
 from common.chat import special_ids
-from common.config import COORDINATOR, Config
+from common.config import COORDINATOR, Config, TrainConfig
 from common.errors import DataError
 from common.examples import Counts, Tokenised, examples_of
 from common.models import load, load_tokenizer
+from common.privacy.promise import Promise, promise_of
 from common.records import Record
 from common.secagg.terms import OFF
 from common.text import Example
-from server.terms import terms_of
+from server.terms import privacy_lines, terms_of
 from simulations import prepare
 from simulations.delta import about_delta
 from simulations.footprint import Footprint, Form, bytes_per_round, footprint, form_of
@@ -78,6 +79,7 @@ def check(config: Config, console: Console, samples: bool) -> dict[str, Any]:
 
     Raises DataError, ModelError and ConfigError where a run would stop at them.
     """
+    promise = promise_of(config)
     federation = prepare.gather(config.data)
     tokenizer = load_tokenizer(config.model.path)
     sets = _tokenised(federation, tokenizer, config)
@@ -85,7 +87,10 @@ def check(config: Config, console: Console, samples: bool) -> dict[str, Any]:
     form = form_of(config)
     prints = {name: footprint(config, form, _of(sets, name, "train").found.examples) for name in config.data.names}
     loaded = _try_model(config, prints)
-    warnings = [*_warnings(config, sets, copies, form, prints, tokenizer), *([] if loaded else [_not_tried(prints)])]
+    warnings = [
+        *_warnings(config, sets, copies, form, prints, tokenizer, promise),
+        *([] if loaded else [_not_tried(prints)]),
+    ]
     terms = terms_of(config)
     notes = [*([] if terms is None else [terms.told()]), *_about_weights(config, sets)]
     if samples:
@@ -100,6 +105,7 @@ def check(config: Config, console: Console, samples: bool) -> dict[str, Any]:
         "warnings": warnings,
         "notes": notes,
         "secure_aggregation": None if terms is None else terms.as_dict(),
+        "differential_privacy": None if promise is None else promise.as_dict(),
         "institutions": {name: _as_dict(sets, name) for name in config.data.names},
         "coordinator": _as_dict(sets, COORDINATOR),
         "copies": asdict(copies),
@@ -220,6 +226,7 @@ def _warnings(
     form: Form,
     prints: Mapping[str, Footprint],
     tokenizer: PreTrainedTokenizerBase,
+    promise: Promise | None,
 ) -> list[str]:
     return [
         *_about_lengths(config, sets, form),
@@ -227,6 +234,7 @@ def _warnings(
         *_about_evaluation(config, sets),
         *_about_memory(config, prints),
         *_about_template(sets, tokenizer),
+        *_about_privacy(config, sets, promise),
         *([] if config.secure_aggregation.enabled else [OFF]),
         *([] if (told := about_delta(config, lambda name: _of(sets, name, "train").records)) is None else [told]),
     ]
@@ -289,6 +297,34 @@ def _about_template(sets: Sequence[Set], tokenizer: PreTrainedTokenizerBase) -> 
         template = tokenizer.get_chat_template()
         if "strftime_now" in template and "date_string" not in template:
             yield "the tokenizer's chat template writes today's date, so a run cannot be repeated another day"
+
+
+def _about_privacy(config: Config, sets: Sequence[Set], promise: Promise | None) -> Iterator[str]:
+    for name in config.data.names:
+        if (found := left_out(config.privacy, _of(sets, name, "train").records)) is not None:
+            yield f"{name}: {found.told()}"
+    yield from _without_effect(config)
+    if promise is not None and (told := promise.warning()) is not None:
+        yield told
+
+
+_SAMPLED = {
+    "batch_size": "privacy.sampling_rate says how many units a step takes",
+    "max_grad_norm": "privacy.clip bounds each unit's gradient",
+}
+_ONE_STEP = {
+    "passes_per_round": "a round is one step",
+    "learning_rate": "the coordinator takes the step, by federation.server_optimizer",
+}
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Settings of training that somebody chose, and that do nothing where units are sampled and clipped."""
+    mode = config.privacy.mode
+    instead = (_SAMPLED if config.privacy.samples else {}) | (_ONE_STEP if mode == "distributed" else {})
+    for name, why in instead.items():
+        if (found := getattr(config.train, name)) != getattr(TrainConfig(), name):
+            yield f"train.{name}: found {found:g}, which has no effect with privacy.mode = {mode}: {why}; leave it out"
 
 
 def _about_weights(config: Config, sets: Sequence[Set]) -> Iterator[str]:
@@ -449,6 +485,7 @@ def _conclude(
         console.print("near copies were not looked for: the records are too many", style="dim")
     for note in notes:
         console.print(Text(note), style="dim")
+    console.print(privacy_lines(config)[0])
     for warning in warnings:
         console.print(Text(f"! {warning}", "yellow"))
     if warnings:

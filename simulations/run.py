@@ -20,6 +20,7 @@ from common.errors import ConfigError, RunStopped
 from common.files import storage_errors, write_json, write_text
 from common.messages import Refused
 from common.privacy.mechanism import alone
+from common.privacy.promise import promise_of
 from common.records import read_jsonl
 from server import checkpoints, report, tracking
 from server.collect import Heard
@@ -28,7 +29,7 @@ from server.flower import FlowerMembers
 from server.live import round_line
 from server.rounds import Progress as RunProgress
 from server.summary import facts, seconds_of
-from server.terms import launch_line
+from server.terms import launch_line, privacy_lines
 from simulations import compare, prepare
 from simulations.compare import ArmScores
 from simulations.delta import about_delta
@@ -47,6 +48,7 @@ def run(config: Config, out: Path, console: Console) -> dict[str, Any]:
         raise ConfigError(
             f"{out} holds a run already; go on with it by `silotune-sim run --resume {out}`, or choose another --out"
         )
+    promise_of(config)  # refuses what no noise reaches
     # All of them, before anything is written or trained.
     records = prepare.gather(config.data)
     with storage_errors(directory.root):
@@ -79,7 +81,8 @@ def _go_on(config: Config, directory: RunDirectory, console: Console) -> dict[st
         f"[bold]{config.name}[/]: {len(config.data.names)} institutions, {config.federation.rounds} rounds of "
         f"{config.federation.method}, base model {escape(config.model.path)}; results in {escape(str(directory.root))}"
     )
-    console.print(launch_line(config))
+    for line in (launch_line(config), *privacy_lines(config)):
+        console.print(line)
     if told := about_delta(config, lambda name: read_jsonl(directory.records(config) / name / "train.jsonl")):
         console.print(Text(told, "yellow"))
     tracking.require(config.tracking)

@@ -37,6 +37,7 @@ _SMALLEST_DELTA = 1e-10  # below it the rounding of Fourier transforms would dec
 _LARGEST_EPSILON = 600.0  # of a PRV, whose mesh holds exp(epsilon)
 _EXACT = 1e-9  # relative, of what is found by halving
 _NOTHING = 1e-300  # stands for 0 where a logarithm is taken
+_TOLD = 10_000  # parts of 1 that an epsilon is told in
 _DIGITS = 900  # numbers of three digits in a decade
 _WEAKEST, _STRONGEST = -2, 6  # decades between which noise is looked for
 LONGEST = 10**7  # events counted at most by `times_left`
@@ -85,6 +86,15 @@ class Epsilon:
     def bound(self) -> float:
         """The one to report and to hold against a budget: the smaller, since both hold."""
         return self.rdp if self.prv is None else min(self.prv, self.rdp)
+
+
+def rounded_up(found: Epsilon) -> float:
+    """The bound as people are told it: four digits after the point and no less than it is.
+
+    Never 0 where steps cost anything by either bound: noise that hides all but what delta allows has an epsilon of 0,
+    which would read as if nothing had been spent.
+    """
+    return math.ceil((found.bound or min(found.rdp, 1 / _TOLD)) * _TOLD) / _TOLD
 
 
 def epsilon(events: Iterable[Event], delta: float) -> Epsilon:

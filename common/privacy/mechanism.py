@@ -99,3 +99,20 @@ def round_event(
         return shared_noise(privacy, quantise, parameters, rounds, terms).event()
     steps = steps_per_round(passes, privacy.sampling_rate)
     return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)
+
+
+def whole_run(privacy: PrivacyConfig, passes: float, rounds: int) -> Event | None:
+    """What a run of so many rounds costs each institution at most, each round in one attempt; None without any noise.
+
+    Asks for no base model: noise in shares is never less than its multiplier says, however many numbers are sent.
+
+    Raises ConfigError where no noise reaches `privacy.epsilon`.
+    """
+    if not privacy.private:
+        return None
+    if not privacy.shared_noise:
+        steps = steps_per_round(passes, privacy.sampling_rate)
+        return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, rounds * steps)
+    q = privacy.sampling_rate if privacy.samples else 1.0
+    sigma = privacy.noise_multiplier or noise_for(privacy.epsilon, privacy.delta, q, rounds, "discrete-gaussian")
+    return Event("discrete-gaussian", sigma, q, rounds)

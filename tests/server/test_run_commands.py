@@ -112,6 +112,8 @@ def test_a_run_that_cannot_be_written_says_how_to_go_on(home: ServerHome) -> Non
 def test_a_configuration_with_mistakes_is_refused_before_anything(command: Command) -> None:
     assert "no configuration is called" in refused(command("run", "hospital"))
     assert "federation.rounds: found 0" in refused(command("run", "deployment", "federation.rounds=0"))
+    hopeless = ("privacy.mode=patient", "privacy.epsilon=1e-9", "lora.dropout=0", "federation.weighting=uniform")
+    assert "cost more than epsilon 1e-09" in refused(command("run", "deployment", *hopeless))
 
 
 def test_a_coordinator_that_was_never_set_up_is_told_how(tmp_path: Path) -> None:

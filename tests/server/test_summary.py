@@ -99,6 +99,13 @@ def test_the_privacy_of_a_run_is_told_with_its_unit_and_what_its_rounds_cost(
     assert (told["terms"]["ring_bits"] > bits) == (mode in ("institution", "distributed"))
 
 
+def test_what_was_spent_is_never_told_as_nothing() -> None:
+    overrides = ["privacy.mode=patient", "privacy.epsilon=1e-9", "privacy.sampling_rate=1", "federation.rounds=4"]
+    told = summary.privacy(config_files.load("smoke", overrides), {}, 100, rounds(2))
+    assert told["epsilon"] == 1e-4
+    assert told["implied"] == [[1, 1e-4], [2, 1e-4]]
+
+
 def test_absences_are_counted_by_name_and_reason() -> None:
     rounds = [replace(record(), refused=refused) for refused in ({"a": "paused"}, {"a": "paused", "b": "left"}, {})]
     assert summary.absences(rounds) == {"a": {"paused": 2}, "b": {"left": 1}}

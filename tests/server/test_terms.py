@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from common.config import Config, DataConfig, FederationConfig, PrivacyConfig, SecureAggregationConfig, named
 from common.config_files import validate
 from common.errors import ConfigError
+from common.privacy import promise
 from common.secagg.terms import OFF, Terms
 from server.rounds import cohort_of
 from server.terms import launch_line, launch_lines, terms_of
@@ -70,7 +71,21 @@ def test_without_secure_aggregation_the_line_is_red(enabled: bool, style: str) -
 def test_a_coordinator_is_warned_of_a_delta_that_says_nothing_to_an_institution(
     mode: str, delta: float, warned: bool
 ) -> None:
-    asked = replace(configured(4), privacy=PrivacyConfig(mode=mode, noise_multiplier=1.0, delta=delta))
-    first, *more = launch_lines(asked)
+    asked = replace(configured(4), privacy=PrivacyConfig(mode=mode, noise_multiplier=4.0, delta=delta))
+    first, promised, *more = launch_lines(asked)
     assert first == launch_line(asked)
+    assert (promised.style, f"is on, mode {mode}: epsilon at most" in promised.plain) == ("", True)
     assert [(line.style, "found 0.03 for 4 institutions" in line.plain) for line in more] == [("yellow", True)] * warned
+
+
+def test_a_coordinator_is_told_that_there_is_no_differential_privacy() -> None:
+    _, line = launch_lines(configured(4))
+    assert (line.style, line.plain) == ("red", promise.OFF)
+
+
+def test_a_coordinator_is_warned_of_an_epsilon_that_promises_little() -> None:
+    asked = replace(configured(4), privacy=PrivacyConfig("patient", noise_multiplier=0.4))
+    _, promised, warning = launch_lines(asked)
+    assert warning.style == "yellow"
+    assert "promises little to a single patient" in warning.plain
+    assert promised.plain.split("at most ")[1].split()[0] in warning.plain

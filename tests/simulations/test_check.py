@@ -171,6 +171,59 @@ def test_without_secure_aggregation_a_warning_stands() -> None:
     assert (found["ready"], found["secure_aggregation"], found["notes"]) == (False, None, [])
 
 
+PATIENTS = ("privacy.mode=patient", "privacy.delta=0.001")
+
+
+def test_it_says_what_differential_privacy_promises_and_that_there_is_none() -> None:
+    noise = ("privacy.noise_multiplier=2", "privacy.sampling_rate=0.5")
+    said = told(check("smoke", *PATIENTS, *noise))
+    found = json.loads(check("smoke", *PATIENTS, *noise, "--json").stdout)["differential_privacy"]
+    assert (found["mode"], found["unit"], found["noise_multiplier"], found["steps"]) == ("patient", "patient", 2, 4)
+    assert f"is on, mode patient: epsilon at most {found['epsilon']:g} for each patient at delta 0.001" in said
+    assert "differential privacy is off: nothing bounds what" in told(check("smoke"))
+    assert json.loads(check("smoke", "--json").stdout)["differential_privacy"] is None
+
+
+def test_an_epsilon_that_promises_little_is_warned_of() -> None:
+    found = json.loads(check("smoke", *PATIENTS, "privacy.epsilon=30", "--json").stdout)
+    assert [warning[:26] for warning in found["warnings"]] == ["privacy: found an epsilon "]
+
+
+def test_records_that_are_left_out_are_counted(own: Callable[..., list[str]]) -> None:
+    """Thirty persons of two records each at every institution; those in training have one too many."""
+
+    def of_few(name: str, number: int) -> dict[str, Any]:
+        return {**plain(name, number), "person": f"{name}-{number % 30}"}
+
+    many = ("privacy.noise_multiplier=50", "privacy.records_per_person=1", "data.held_out=0.15")
+    private = (*PATIENTS, *many)
+    found = json.loads(check(*own(of_few, *private), "--json").stdout)
+    for name in NAMES:
+        (line,) = (line for line in found["warnings"] if line.startswith(f"{name}: ") and "left out" in line)
+        records = found["institutions"][name]["records"]["train"]
+        assert f"{records // 2} of {records} training records are left out, since {records // 2} persons have" in line
+    other = ("privacy.mode=record", "privacy.delta=0.001", *many)
+    assert json.loads(check(*own(of_few, *other), "--json").stdout)["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys"),
+    [
+        ("record", ["batch_size", "max_grad_norm"]),
+        ("patient", ["batch_size", "max_grad_norm"]),
+        ("institution", []),
+        ("distributed", ["batch_size", "max_grad_norm", "passes_per_round", "learning_rate"]),
+    ],
+)
+def test_settings_without_effect_are_warned_of(mode: str, keys: list[str]) -> None:
+    train = ("batch_size=7", "max_grad_norm=0.5", "passes_per_round=2", "learning_rate=0.5")
+    chosen = [f"train.{one}" for one in train]
+    private = (f"privacy.mode={mode}", "privacy.noise_multiplier=3", "privacy.delta=0.001")
+    found = json.loads(check("smoke", *private, *chosen, "--json").stdout)
+    assert [warning.split(":")[0] for warning in found["warnings"]] == [f"train.{key}" for key in keys]
+    assert all(f"has no effect with privacy.mode = {mode}: " in warning for warning in found["warnings"])
+
+
 def test_a_delta_that_means_nothing_is_warned_of() -> None:
     private = ("privacy.mode=patient", "privacy.noise_multiplier=2", "federation.weighting=uniform")
     found = json.loads(check("smoke", *private, "privacy.delta=0.05", "--json").stdout)

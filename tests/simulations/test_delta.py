@@ -79,3 +79,11 @@ def test_a_run_says_it_once_at_launch_and_again_when_it_is_taken_up(
             go(Console(file=said, width=1000))
         assert said.getvalue().count("privacy.delta: found") == times
         assert said.getvalue().count("secure aggregation is on") == 1
+        assert said.getvalue().count("differential privacy is on, mode patient: epsilon at most") == 1
+
+
+def test_an_epsilon_that_no_noise_reaches_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    hopeless = config_files.load("smoke", ["privacy.mode=patient", "privacy.epsilon=1e-9"])
+    with pytest.raises(ConfigError, match="whatever the noise"):
+        module.run(hopeless, tmp_path / "run", Console(file=StringIO()))
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from client.ledger import Ledger, Spend
 from client.policy_file import Population
 from common import config_files
 from common.errors import StorageError
-from common.privacy.accounting import Event, epsilon
+from common.privacy.accounting import Event, epsilon, rounded_up
 from common.secagg.identity import Identity
 from simulations.layout import RunDirectory
 from simulations.spending import spending
@@ -30,7 +30,7 @@ def spend(directory: RunDirectory, name: str, *rounds: int) -> None:
 
 
 def after(times: int) -> float:
-    return round(epsilon([STEP] * times, DELTA).bound, 4)
+    return rounded_up(epsilon([STEP] * times, DELTA))
 
 
 def test_each_institution_has_what_its_own_ledger_says(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_run_s_delta_counts_and_not_the_ledger_s(tmp_path: Path) -> None:
     for name in CONFIG.data.names:
         spend(directory, name, 1)
     small = config_files.load("smoke", ["privacy.mode=record", "privacy.noise_multiplier=2", "privacy.delta=1e-6"])
-    assert spending(small, directory, 1)["riverside"][0][1] == round(epsilon([STEP], 1e-6).bound, 4) > after(1)
+    assert spending(small, directory, 1)["riverside"][0][1] == rounded_up(epsilon([STEP], 1e-6)) > after(1)
 
 
 def test_a_ledger_that_is_gone_is_not_an_empty_one(tmp_path: Path) -> None:

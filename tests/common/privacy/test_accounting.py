@@ -25,6 +25,7 @@ from common.privacy.accounting import (
     moments,
     noise_for,
     over_rounds,
+    rounded_up,
     times_left,
 )
 
@@ -294,3 +295,20 @@ def test_over_rounds_adds_up_what_came_before() -> None:
     )
     assert [number for number, _ in over_rounds(rounds, 1e-5, 2)] == [2, 4]
     assert over_rounds([], 1e-5, 3) == ()
+
+
+# --- What people are told
+
+
+@given(st.floats(1e-12, 1e4), st.floats(0, 1e4))
+def test_no_less_is_told_than_was_spent_and_never_nothing(prv: float, more: float) -> None:
+    bound = Epsilon(prv, prv + more)
+    assert 0 < bound.bound <= rounded_up(bound) <= bound.bound * (1 + 1e-12) + 1.0001e-4
+
+
+def test_only_what_costs_nothing_is_told_as_nothing() -> None:
+    """Noise that leaves nothing beyond delta has an epsilon of 0, but the data was used."""
+    hidden = epsilon([gaussian(1e5, 1.0, 1)], DELTA)
+    assert hidden.bound == 0
+    assert rounded_up(hidden) == 1e-4
+    assert rounded_up(epsilon([], DELTA)) == 0
