@@ -149,7 +149,7 @@ def _version(path: Path) -> str:
     try:
         found = path.stat()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: expected a file of records, found none") from error
+        raise DataError(f"{path}: expected a file of records, found none; name one that is there") from error
     except OSError as error:
         raise DataError(f"{path}: expected a file of records that can be read: {error.strerror}") from error
     return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"

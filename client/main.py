@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from client.ledger_commands import ledger
 from client.log_commands import log
 from client.options import Home
 from common import cli
+from common.config import ColumnsConfig, FileConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,13 +122,26 @@ adapter_commands.register(app)
 
 @app.command(epilog=cli.EPILOG)
 def data(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="jsonl files, one record a line.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of records: jsonl, csv or parquet.")],
+    person: Annotated[
+        str,
+        typer.Option(metavar="COLUMN", help="The column that says whose record it is; `-`: there is none."),
+    ] = FileConfig.person,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN", help="What the files call a column, as in prompt=question."),
+    ] = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Read record files as training would, and show how many records, people and kinds they hold. Nothing is sent."""
-    from common.records import read_jsonl
+    """Read record files as training would, and show how many records, people and kinds they hold. Nothing is sent.
 
-    records = {str(file): read_jsonl(file) for file in files}
+    --person and --column say what `person` and `columns` of data.yaml say, with the same defaults.
+    """
+    from common.formats import read_records
+    from common.sources import read_table
+
+    form = FileConfig(person=person, columns=_columns(column or []))
+    records = {str(file): read_records(read_table(file), form) for file in files}
     summaries = {name: _summary(found) for name, found in records.items()}
     seen = Counter(person for found in records.values() for person in {record.person for record in found})
     shared = sum(1 for times in seen.values() if times > 1)
@@ -179,6 +194,19 @@ def _data_sets(said: list[str]) -> dict[str, Path]:
     if len(found) != len(said):
         raise ConfigError(f"--data-set: expected NAME=FILE, each name once, found {' '.join(said)!r:.200}")
     return found
+
+
+def _columns(said: list[str]) -> ColumnsConfig:
+    """What columns are called. Raises ConfigError for what is not NAME=COLUMN, and a name unknown or given twice."""
+    from common.errors import ConfigError
+
+    known = [field.name for field in fields(ColumnsConfig)]
+    found = {name: column for name, sign, column in (entry.partition("=") for entry in said) if sign and column.strip()}
+    if len(found) != len(said) or not set(found) <= set(known):
+        raise ConfigError(
+            f"--column: expected NAME=COLUMN, each name once and of {', '.join(known)}; found {' '.join(said)!r:.200}"
+        )
+    return ColumnsConfig(**found)
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:

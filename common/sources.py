@@ -53,7 +53,8 @@ def read_table(path: Path) -> Table:
     if path.suffix.lower() not in FORMATS:
         raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
     if not path.is_file():
-        raise DataError(f"{path}: expected a file of records, found {'a directory' if path.is_dir() else 'none'}")
+        there = "a directory; name the file in it" if path.is_dir() else "none; name one that is there"
+        raise DataError(f"{path}: expected a file of records, found {there}")
     match path.suffix.lower():
         case ".jsonl":
             found = read_objects(path)
