@@ -731,7 +731,7 @@ def test_a_disk_that_refuses_a_checkpoint_is_an_error_and_keeps_the_ones_before(
         if trained(heard, 3, 1):
             partial.mkdir()
 
-    with pytest.raises(StorageError, match=r"cannot write .*round-00003.*resume"):
+    with pytest.raises(StorageError, match=r"cannot write .*round-00003.*A directory stands where a file is needed"):
         stage.go(observer=Observer(on_heard=sabotage))
     partial.rmdir()
     assert stage.checkpoints() == ["round-00001.safetensors", "round-00002.safetensors"]
