@@ -33,14 +33,13 @@ from client.policy_file import InstitutionPolicy, Population
 from client.trust import TrustedRoster
 from client.units import PATIENT, RECORD
 from common.bundle import bundle_digest
-from common.config import TrainConfig
+from common.config import UNITS, TrainConfig
 from common.enrolment import check_authority, grouped
 from common.errors import ConfigError
 from common.examples import Tokenised
 from common.messages import PROTOCOL
 from common.models import LoraModel
 from common.privacy.delta import delta_warning
-from common.privacy.mechanism import UNITS
 from common.private_files import check_private_directory, locked, write_private
 from common.records import Record
 from common.secagg.terms import Terms

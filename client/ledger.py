@@ -27,10 +27,10 @@ from typing import cast
 from client import chain, chain_audit
 from client.chain import CUT_OFF, LARGEST_FILE, Chain, Form, Head, Held, Link
 from client.policy_file import Population
+from common.config import UNITS
 from common.errors import ConfigError, Refusal
 from common.policy_reasons import BUDGET_EXHAUSTED
 from common.privacy.accounting import Event, Mechanism, epsilon
-from common.privacy.mechanism import UNITS
 from common.secagg.identity import Identity
 
 SPENT, BUDGET, NO_BUDGET = "spent", "budget", "budget.none"

@@ -8,9 +8,9 @@ from itertools import groupby
 
 from client.ledger import Entry, Spend, Spent, spent_by, spent_with, units_in
 from client.policy_file import InstitutionPolicy, Population
-from common.config import Config, PrivacyConfig
-from common.privacy.accounting import Epsilon, Event, epsilon, moments, noise_for, times_left
-from common.privacy.mechanism import UNITS, noise_multiplier, steps_per_round
+from common.config import UNITS, Config
+from common.privacy.accounting import Epsilon, Event, epsilon, moments, times_left
+from common.privacy.mechanism import planned_event
 
 
 @dataclass(frozen=True)
@@ -131,25 +131,8 @@ class Forecast:
 
 
 def round_event(config: Config) -> Event | None:
-    """What a round of a configuration costs each institution, in one attempt; None without noise.
-
-    In modes with noise in shares the event is never dearer than this one: there the noise that is asked for is rounded
-    up, by as much as the length of the update and the members say.
-
-    Raises ConfigError where no noise reaches the epsilon that is asked for.
-    """
-    privacy, rounds = config.privacy, config.federation.rounds
-    if not privacy.private:
-        return None
-    if not privacy.shared_noise:
-        steps = steps_per_round(config.train.passes_per_round, privacy.sampling_rate)
-        return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)
-    q = privacy.sampling_rate if privacy.samples else 1.0
-    return Event("discrete-gaussian", _in_shares(privacy, q, rounds), q, 1)
-
-
-def _in_shares(privacy: PrivacyConfig, q: float, rounds: int) -> float:
-    return privacy.noise_multiplier or noise_for(privacy.epsilon, privacy.delta, q, rounds, "discrete-gaussian")
+    """What a round of a configuration costs each institution at most, in one attempt. See `mechanism.planned_event`."""
+    return planned_event(config.privacy, config.train.passes_per_round, config.federation.rounds)
 
 
 def forecasts(entries: Sequence[Entry], policy: InstitutionPolicy, config: Config) -> tuple[Forecast, ...]:

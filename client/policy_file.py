@@ -19,13 +19,12 @@ from client.policy import Policy
 from client.units import PATIENT
 from common import policy_reasons as reasons
 from common.base_model import Fingerprint
-from common.config import PrivacyConfig, QuantiseConfig
+from common.config import UNITS, PrivacyConfig, QuantiseConfig
 from common.config_rules import DATA_SET, RULES, Rule
 from common.errors import Refusal, StorageError
 from common.files import write_json
 from common.messages import Hello, Plan
 from common.methods import METHODS
-from common.privacy.mechanism import UNITS
 from common.private_files import locked, private_directory
 from common.secagg.canonical import canonical
 from common.secagg.identity import Roster

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -222,6 +223,14 @@ class SecureAggregationConfig:
     repeats: int = 2
     timeout_s: float = 120.0
 
+
+UNITS: Mapping[str, str] = {
+    "record": "record",
+    "patient": "patient",
+    "institution": "institution",
+    "distributed": "record",
+}
+"""The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
 
 LEAST_CLIP = 1e-12
 """Below it, clipped gradients come near the smallest numbers that float32 has, and rounding may double a norm."""

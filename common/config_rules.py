@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from common import methods
-from common.config import COORDINATOR, LEAST_CLIP, POOLED, ColumnsConfig, InstitutionConfig
+from common.config import COORDINATOR, LEAST_CLIP, POOLED, UNITS, ColumnsConfig, InstitutionConfig
 from common.fixed_point import RING_BITS, member_bits
 from common.formats import NOBODY
 from common.secagg.terms import smallest_cohort
 
 GENERATORS = ("hospitals", "banks")
-MODES = ("record", "patient", "institution", "distributed")
-"""Of differential privacy."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ RULES: dict[str, Rule] = {
     "secure_aggregation.colluders": _whole(1),
     "secure_aggregation.repeats": _whole(0),
     "secure_aggregation.timeout_s": _POSITIVE,
-    "privacy.mode": _one_of("none", *MODES),
+    "privacy.mode": _one_of("none", *UNITS),
     "privacy.epsilon": _NOT_NEGATIVE,
     "privacy.delta": Rule("a number above 0, below 0.1", lambda value: 0 < value < 0.1),
     "privacy.noise_multiplier": _NOT_NEGATIVE,
@@ -256,7 +254,7 @@ def _asks_for_a_mode(key: str) -> Agreement:
         lambda value, mode: value == 0 or mode != "none",
         lambda value, mode: (
             f"{key}: found {value:g}, with privacy.mode = none, which adds no noise; allowed: a privacy.mode of"
-            f" {_either(MODES)}; or 0, or left out"
+            f" {_either(tuple(UNITS))}; or 0, or left out"
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from common.privacy.mechanism import UNITS
+from common.config import UNITS
 from server.documents import Node
 
 NONE = "none"

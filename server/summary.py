@@ -8,11 +8,11 @@ from importlib.metadata import version
 from typing import Any
 
 from common.base_model import fingerprint
-from common.config import Config
+from common.config import UNITS, Config
 from common.fixed_point import Layout
 from common.methods import method_named
 from common.privacy.accounting import Epsilon, epsilon, over_rounds, rounded_up
-from common.privacy.mechanism import UNITS, round_event, shared_noise
+from common.privacy.mechanism import round_event, shared_noise
 from server.coordinator import Bench, Outcome
 from server.rounds import Progress, RoundRecord, stopped_early
 from server.terms import terms_of

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from common.config import Config
+from common.config import UNITS, Config
 from common.privacy.delta import about_institutions, delta_warning
-from common.privacy.mechanism import UNITS
 from common.records import Record
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -11,14 +10,6 @@ from common.errors import ConfigError
 from common.privacy.accounting import Event, noise_for
 from common.privacy.distributed import SharedNoise, planned
 from common.secagg.terms import Terms
-
-UNITS: Mapping[str, str] = {
-    "record": "record",
-    "patient": "patient",
-    "institution": "institution",
-    "distributed": "record",
-}
-"""The modes of differential privacy, and the unit of privacy that each one's epsilon speaks of."""
 
 
 def alone(privacy: PrivacyConfig, passes: float) -> tuple[PrivacyConfig, float]:
@@ -97,14 +88,14 @@ def round_event(
                 " none; choose record or patient, or turn it on"
             )
         return shared_noise(privacy, quantise, parameters, rounds, terms).event()
-    steps = steps_per_round(passes, privacy.sampling_rate)
-    return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)
+    return planned_event(privacy, passes, rounds)
 
 
-def whole_run(privacy: PrivacyConfig, passes: float, rounds: int) -> Event | None:
-    """What a run of so many rounds costs each institution at most, each round in one attempt; None without any noise.
+def planned_event(privacy: PrivacyConfig, passes: float, rounds: int) -> Event | None:
+    """What one round costs at most, as far as it is known without a base model; None without differential privacy.
 
-    Asks for no base model: noise in shares is never less than its multiplier says, however many numbers are sent.
+    In modes with noise in shares `round_event` is never dearer: there the noise that is asked for is rounded up, by as
+    much as the length of the update and the members say.
 
     Raises ConfigError where no noise reaches `privacy.epsilon`.
     """
@@ -112,7 +103,7 @@ def whole_run(privacy: PrivacyConfig, passes: float, rounds: int) -> Event | Non
         return None
     if not privacy.shared_noise:
         steps = steps_per_round(passes, privacy.sampling_rate)
-        return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, rounds * steps)
+        return Event("gaussian", noise_multiplier(privacy, rounds, steps), privacy.sampling_rate, steps)
     q = privacy.sampling_rate if privacy.samples else 1.0
     sigma = privacy.noise_multiplier or noise_for(privacy.epsilon, privacy.delta, q, rounds, "discrete-gaussian")
-    return Event("discrete-gaussian", sigma, q, rounds)
+    return Event("discrete-gaussian", sigma, q, 1)

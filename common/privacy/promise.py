@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from common.config import Config
+from common.config import UNITS, Config
 from common.privacy.accounting import epsilon, rounded_up
-from common.privacy.mechanism import UNITS, whole_run
+from common.privacy.mechanism import planned_event
 
 OFF = "differential privacy is off: nothing bounds what the sums and the published adapter tell of one person"
 """What the person who launches a run without it is told."""
@@ -70,16 +70,17 @@ def promise_of(config: Config) -> Promise | None:
     Raises ConfigError where no noise reaches `privacy.epsilon`.
     """
     privacy, rounds = config.privacy, config.federation.rounds
-    event = whole_run(privacy, config.train.passes_per_round, rounds)
+    event = planned_event(privacy, config.train.passes_per_round, rounds)
     if event is None:
         return None
+    whole = replace(event, steps=rounds * event.steps)
     return Promise(
         mode=privacy.mode,
         unit=UNITS[privacy.mode],
-        epsilon=rounded_up(epsilon([event], privacy.delta)),
+        epsilon=rounded_up(epsilon([whole], privacy.delta)),
         delta=privacy.delta,
-        noise_multiplier=event.sigma,
+        noise_multiplier=whole.sigma,
         rounds=rounds,
-        steps=event.steps,
+        steps=whole.steps,
         colluders=config.secure_aggregation.colluders if privacy.shared_noise else 0,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +82,15 @@ def write_base_model(directory: Path, seed: int) -> Path:
         )
     model.save_pretrained(directory)
     return directory
+
+
+def write_dynamic(base_model: Path, directory: Path) -> str:
+    """The same model with rotary positions that go by the longest text so far."""
+    shutil.copytree(base_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
 
 
 def make_records(count: int, name: str, marker: str = "") -> list[Record]:

@@ -39,7 +39,7 @@ from common.records import Record, write_jsonl
 from server.authority import authority_certificate, server_certificate
 from server.front import serve_front
 from server.operator import Operator
-from tests.client.conftest import make_records, tokenised
+from tests.client.conftest import make_records, tokenised, write_dynamic
 from tests.client.enrolled import DATA_SET, Enrolled, authority_pem, enrol, roster_of
 from tests.deployments import Deployment, deployment, free_port, introduction, running
 
@@ -559,6 +559,20 @@ def test_a_trial_that_does_not_fit_fails(lora_model: LoraModel, monkeypatch: pyt
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", full)
     with pytest.raises(ModelError, match=r"lower machine\.row_tokens"):
         trial.training(lora_model, parts(lora_model), TrainConfig(max_tokens=48), Machine())
+
+
+@pytest.mark.parametrize("modes", [("patient",), ("distributed", "institution"), ("institution",), ()])
+def test_a_base_in_which_units_change_each_other_fails_where_single_units_are_protected(
+    modes: tuple[str, ...], base_model: str, tmp_path: Path
+) -> None:
+    populations = {"clinic": Budget((DATA_SET,), modes, 3.0, 1e-4)} if modes else {}
+    terms = InstitutionPolicy(data_sets=(DATA_SET,), populations=populations)
+    machine = Machine(write_dynamic(Path(base_model), tmp_path / "dynamic"), "cpu")
+    if {*modes} <= {"institution"}:
+        assert trial.device(machine, terms).value is not None
+    else:
+        with pytest.raises(ModelError, match="found rope_type: dynamic"):
+            trial.device(machine, terms)
 
 
 @pytest.mark.parametrize(

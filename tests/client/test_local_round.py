@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -53,7 +51,7 @@ from common.privacy.noise import SeededNoise, SystemNoise
 from common.secagg.identity import Identity, Roster
 from common.secagg.messages import Keys
 from common.secagg.reasons import SETTINGS_DIFFER
-from tests.client.conftest import NAMES, make_config, make_plan, secured
+from tests.client.conftest import NAMES, make_config, make_plan, secured, write_dynamic
 from tests.client.guarded import DATA_SET, Attempt, Guarded, Untouchable
 
 MODES = ("record", "patient", "institution", "distributed")
@@ -284,11 +282,7 @@ def test_a_round_beyond_another_populations_budget_by_institution_is_refused(
 def test_a_base_in_which_units_change_each_other_is_refused_before_anything_is_spent(
     mode: str, tmp_path: Path, base_model: str, start: Adapter
 ) -> None:
-    config = json.loads((Path(base_model) / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-    shutil.copytree(base_model, tmp_path / "dynamic")
-    (tmp_path / "dynamic" / "config.json").write_text(json.dumps(config))
-    place = Guarded(tmp_path, str(tmp_path / "dynamic"))
+    place = Guarded(tmp_path, write_dynamic(Path(base_model), tmp_path / "dynamic"))
     place.config = private(place.config, mode)
     member = place.institution(data=Untouchable())
     assert member.answer(place.request(start)) == Refused(MODEL_UNUSABLE, member.name)

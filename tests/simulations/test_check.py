@@ -22,7 +22,7 @@ from common.models import load_tokenizer
 from common.records import Message, Record
 from simulations import check as module
 from simulations.check import shown
-from tests.client.conftest import write_base_model
+from tests.client.conftest import write_base_model, write_dynamic
 
 NAMES = ("alder", "birch", "cedar")
 COMMAND = [str(Path(sys.executable).with_name("silotune-sim"))]
@@ -345,6 +345,13 @@ def refused(code: int, words: Sequence[str], *arguments: str) -> None:
     for word in words:
         assert word in told(result)
     assert "Traceback" not in told(result)
+
+
+def test_a_base_in_which_units_change_each_other(own: Callable[..., list[str]], model: Path, tmp_path: Path) -> None:
+    dynamic = Path(write_dynamic(model, tmp_path / "dynamic"))
+    private = ["privacy.mode=record", "privacy.noise_multiplier=2", "federation.weighting=uniform"]
+    refused(4, ["found rope_type: dynamic", "Use another base model"], *own(plain, *private, base=dynamic))
+    assert check(*own(plain, base=dynamic)).exit_code == 0
 
 
 def test_a_wrong_column(own: Callable[..., list[str]]) -> None:
